@@ -1,0 +1,31 @@
+"""The operators of ONNX domain ``v4c``, one module each; importing this package declares them all."""
+
+from importlib import import_module
+from importlib.util import find_spec
+
+from .base import DOMAIN, OPS, OPSET_VERSION, CustomOp, TensorSpec
+
+MODULES = (
+    "trailing_rope",
+    "mhc_pre",
+    "mhc_post",
+    "mhc_head",
+    "kv_compress",
+    "lightning_index",
+    "csa_attention",
+    "hca_attention",
+    "sliding_attention",
+    "engram_hash",
+    "engram_lookup",
+    "engram_gate_conv",
+    "topk_route",
+    "hash_route",
+    "grouped_experts",
+)
+"""The modules that declare an op; a new op is one more name."""
+
+for _module in MODULES:
+    if find_spec(f"{__name__}.{_module}") is not None:
+        import_module(f"{__name__}.{_module}")
+
+__all__ = ["DOMAIN", "OPS", "OPSET_VERSION", "CustomOp", "TensorSpec"]

@@ -1,0 +1,228 @@
+"""Assembles the traced parts into one ONNX model and writes it, with or without weights.
+
+The main graph is a list of calls: embed, one call per layer, head. Weights are initializers in an external data file
+(or graph inputs when left out); caches are ``past.*`` inputs and ``present.*`` outputs of equal shape.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from v4c.custom_ops import DOMAIN, OPS, OPSET_VERSION
+from v4c.custom_ops.base import ONNX_OPSET
+from v4c.errors import OutputError
+
+from .config import ModelConfig
+from .model.caches import CacheSpec, model_caches
+from .model.model import WeightSource, checkpoint_name, rope_kind
+from .names import TensorInfo, tensor_specs
+from .rope import inv_freq
+from .trace import PART_DOMAIN, Part, layer_kind, trace_embedding, trace_head, trace_layer
+
+WEIGHT_DTYPES = {"f32": ir.DataType.FLOAT, "bf16": ir.DataType.BFLOAT16, "f16": ir.DataType.FLOAT16}
+_IR_TYPES = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64}
+_NUMPY_TYPES = {
+    ir.DataType.FLOAT: np.float32,
+    ir.DataType.INT64: np.int64,
+    ir.DataType.BFLOAT16: ml_dtypes.bfloat16,
+    ir.DataType.FLOAT16: np.float16,
+}
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, bytes or steps done, total)."""
+
+
+def cache_shape(spec: CacheSpec) -> list[str | int]:
+    """Shape of a cache in symbols: ``batch``, ``rows4``-like capacities, fixed widths."""
+    rows: str | int = f"rows{spec.ratio}" if spec.ratio else spec.rows
+    return ["batch", rows] if spec.width is None else ["batch", rows, spec.width]
+
+
+class _Assembler:
+    """Builds the main graph: values, weights and calls."""
+
+    def __init__(self, config: ModelConfig, dtype: str) -> None:
+        self.config, self.dtype = config, WEIGHT_DTYPES[dtype]
+        self.specs = tensor_specs(config)
+        self.nodes: list[ir.Node] = []
+        self.inputs: list[ir.Value] = []
+        self.weights: dict[str, ir.Value] = {}
+        self._float_weights: dict[str, ir.Value] = {}
+
+    def input(self, name: str, dtype: ir.DataType, shape: list[str | int]) -> ir.Value:
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        self.inputs.append(value)
+        return value
+
+    def weight(self, name: str) -> ir.Value:
+        """The value of a checkpoint tensor as the parts take it: float32 (cast from its stored dtype) or int64."""
+        if name in self._float_weights:
+            return self._float_weights[name]
+        info = self.specs[name]
+        dtype = stored_dtype(info, self.dtype)
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(info.shape))
+        self.weights[name] = value
+        if dtype not in (ir.DataType.FLOAT, ir.DataType.INT64):
+            value = self.emit("Cast", "", [value], {"to": ir.DataType.FLOAT}, [f"{name}.float"])[0]
+            value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(info.shape)
+        self._float_weights[name] = value
+        return value
+
+    def emit(
+        self, op: str, domain: str, inputs: list[ir.Value], attributes: dict[str, Any], outputs: list[str]
+    ) -> list[ir.Value]:
+        node = ir.node(op, inputs, attributes, domain=domain, num_outputs=len(outputs), name=outputs[0])
+        for value, name in zip(node.outputs, outputs, strict=True):
+            value.name = name
+        self.nodes.append(node)
+        return list(node.outputs)
+
+    def call(self, part: Part, prefix: str, values: dict[str, ir.Value], outputs: list[str]) -> list[ir.Value]:
+        """Call a part: its activations and caches from `values`, its weights by checkpoint name under `prefix`."""
+        arguments = [values[n] for n in part.inputs] + [self.weight(checkpoint_name(prefix + w)) for w in part.weights]
+        return self.emit(part.function.name, PART_DOMAIN, arguments, {}, outputs)
+
+
+def build(config: ModelConfig, *, all_logits: bool = False, dtype: str = "f32", progress: Progress | None = None) -> ir.Model:
+    """The ONNX model of `config`, weights as graph inputs without data.
+
+    Args:
+        config: the model.
+        all_logits: logits ``[batch, chunk, vocab]`` of every token rather than ``[batch, vocab]`` of the last live one.
+        dtype: storage of the weight matrices: ``f32``, ``bf16`` or ``f16``; arithmetic is float32.
+        progress: told of each traced part.
+    """
+    kinds = {layer_kind(config, i): i for i in reversed(range(config.num_hidden_layers))}
+    parts: dict[str, Part] = {}
+    for step, (kind, layer) in enumerate(kinds.items()):
+        if progress:
+            progress(f"trace {kind}", step, len(kinds) + 2)
+        parts[kind] = trace_layer(config, layer)
+    if progress:
+        progress("trace embedding and head", len(kinds), len(kinds) + 2)
+    embed, head = trace_embedding(config), trace_head(config, all_logits)
+
+    graph = _Assembler(config, dtype)
+    common = {
+        "input_ids": graph.input("input_ids", ir.DataType.INT64, ["batch", "chunk"]),
+        "positions": graph.input("positions", ir.DataType.INT64, ["batch"]),
+        "lengths": graph.input("lengths", ir.DataType.INT64, ["batch"]),
+    }
+    past = {
+        s.path: graph.input(f"past.{s.path}", _IR_TYPES[s.dtype], cache_shape(s)) for s in model_caches(config)
+    }
+    constants = {r: _constant(f"rope.{r}.inv_freq", inv_freq(config, r)) for r in ("main", "compress")}
+    streams_type = ir.TensorType(ir.DataType.FLOAT)
+    streams_shape = ["batch", "chunk", config.hc_mult, config.hidden_size]
+
+    (streams,) = graph.call(embed, "embed_tokens.", common, ["embed_tokens"])
+    present: list[ir.Value] = []
+    for layer in range(config.num_hidden_layers):
+        streams.type, streams.shape = streams_type, ir.Shape(streams_shape)
+        part = parts[layer_kind(config, layer)]
+        own = [s for s in model_caches(config) if s.layer == layer]
+        values = common | {s.name: past[s.path] for s in own}
+        values |= {"streams": streams, "inv_freq": constants[rope_kind(config, layer)]}
+        if "engram_lookup" in part.inputs:
+            values["engram_lookup"] = graph.weight("model.engram_lookup")
+        outputs = [f"layers.{layer}", *(f"present.{s.path}" for s in own)]
+        streams, *updated = graph.call(part, f"layers.{layer}.", values, outputs)
+        for spec, value in zip(own, updated, strict=True):
+            value.type, value.shape = ir.TensorType(_IR_TYPES[spec.dtype]), ir.Shape(cache_shape(spec))
+        present += updated
+    streams.type, streams.shape = streams_type, ir.Shape(streams_shape)
+    (logits,) = graph.call(head, "head.", {"streams": streams, **common}, ["logits"])
+    logits.type = ir.TensorType(ir.DataType.FLOAT)
+    logits.shape = ir.Shape(["batch", *(["chunk"] if all_logits else []), config.vocab_size])
+
+    functions = [p.function for p in (embed, *parts.values(), head)]
+    functions += [f for f in _op_functions(functions)]
+    opsets = {"": ONNX_OPSET, DOMAIN: OPSET_VERSION, PART_DOMAIN: 1}
+    for function in functions:
+        function.opset_imports.update(opsets)
+    main = ir.Graph(
+        [*graph.inputs, *graph.weights.values()],
+        [logits, *present],
+        nodes=graph.nodes,
+        initializers=list(constants.values()),
+        opset_imports=opsets,
+        name="v4",
+    )
+    caches = [{"name": s.path, "dtype": s.dtype, "shape": cache_shape(s)} for s in model_caches(config)]
+    metadata = {
+        "v4c.config": json.dumps(config.to_dict()),
+        "v4c.caches": json.dumps(caches),
+        "v4c.weights": json.dumps(list(graph.weights)),
+    }
+    if progress:
+        progress("trace", len(kinds) + 2, len(kinds) + 2)
+    return ir.Model(main, ir_version=11, producer_name="v4c", functions=functions, metadata_props=metadata)
+
+
+def _constant(name: str, array: np.ndarray) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+
+
+def _op_functions(parts: list[ir.Function]) -> list[ir.Function]:
+    """Bodies of the custom ops that the parts call, with their helpers."""
+    used = {node.op_type for part in parts for node in part if node.domain == DOMAIN}
+    protos = {f.name: f for op in OPS.values() if op.name in used for f in op.functions}
+    return [ir.from_proto(f.to_function_proto()) for f in protos.values()]
+
+
+def stored_dtype(info: TensorInfo, matrix_dtype: ir.DataType) -> ir.DataType:
+    """What a tensor is stored as: int64 tables and fp32-always tensors as they are, matrices in `matrix_dtype`."""
+    if info.kind == "int64":
+        return ir.DataType.INT64
+    return ir.DataType.FLOAT if info.kind == "fp32" else matrix_dtype
+
+
+def attach_weights(model: ir.Model, source: WeightSource, progress: Progress | None = None) -> None:
+    """Turn the weight inputs into initializers whose data is read from `source`, one tensor at a time, when saved."""
+    names = set(json.loads(model.metadata_props["v4c.weights"]))
+    values = {v.name: v for v in model.graph.inputs if v.name in names}
+    for name, value in values.items():
+        model.graph.inputs.remove(value)
+        assert value.dtype is not None
+        value.const_value = _lazy(source, name, value.dtype, value.shape, progress)
+        model.graph.register_initializer(value)
+
+
+def _lazy(source: WeightSource, name: str, dtype: ir.DataType, shape: Any, progress: Progress | None) -> ir.LazyTensor:
+    def read() -> ir.Tensor:
+        array = source.load(name, None if dtype == ir.DataType.INT64 else "f32")
+        if progress:
+            progress(f"write {name}", 0, 0)
+        return ir.Tensor(np.ascontiguousarray(array.astype(_NUMPY_TYPES[dtype], copy=False)), dtype=dtype, name=name)
+
+    return ir.LazyTensor(read, dtype=dtype, shape=shape, name=name, cache=False)
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write ``FILE.onnx`` and, where it has weights, ``FILE.onnx.data`` beside it; both appear only when complete.
+
+    Raises:
+        OutputError: the folder does not exist or cannot be written, or the disk is full.
+    """
+    data_name = path.name + ".data"
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            # Small tensors stay inside: a reader of the graph needs the constants, not the data file.
+            ir.save(model, Path(folder) / path.name, external_data=data_name, size_threshold_bytes=1024)
+            for name in (data_name, path.name):
+                written = Path(folder) / name
+                if written.exists():
+                    with written.open("rb") as file:
+                        os.fsync(file.fileno())
+                    written.replace(path.parent / name)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error

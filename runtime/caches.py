@@ -1,0 +1,48 @@
+"""The state of one session: a tensor per cache of the manifest, allocated lazily and copied sparingly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from v4c.errors import InputError
+from v4c.runtime.dtypes import DTYPES
+from v4c.runtime.manifest import CacheSpec
+from v4c.runtime.tensors import aligned_zeros, tensor_over
+
+
+class Caches:
+    """Caches for ``batch`` rows of up to ``max_context`` tokens, each.
+
+    Their content is never cleared: the compiled functions mask what lies before position 0 by arithmetic, so a row is
+    reset by setting its position.
+
+    Attributes:
+        arrays: NumPy views in the manifest's order, in the storage types of their dtypes.
+        tensors: TVM tensors over the same memory.
+
+    Raises:
+        InputError: there is not enough address space for them.
+    """
+
+    def __init__(self, specs: Sequence[CacheSpec], batch: int, max_context: int) -> None:
+        self._specs = specs
+        try:
+            self.arrays = [aligned_zeros(s.sizes(batch, max_context), DTYPES[s.dtype].storage) for s in specs]
+        except (MemoryError, ValueError) as error:
+            raise InputError(f"batch {batch}, max_context {max_context}: caches do not fit in memory") from error
+        self.tensors = [tensor_over(array, s.dtype) for array, s in zip(self.arrays, specs, strict=True)]
+
+    def copy_live(self, source: Caches, positions: np.ndarray) -> None:
+        """Take over what ``source`` holds of rows that have read ``positions`` [B] tokens.
+
+        Rings are copied whole; of a cache that grows with the context, only the rows written so far.
+        """
+        for spec, target, origin in zip(self._specs, self.arrays, source.arrays, strict=True):
+            for row, position in enumerate(positions):
+                if spec.ratio is not None:
+                    written = int(position) // spec.ratio
+                    target[row, :written] = origin[row, :written]
+                elif position > 0:
+                    target[row] = origin[row]

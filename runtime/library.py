@@ -1,0 +1,180 @@
+"""The TVM runtime and a compiled library, without TVM's compiler: no `import tvm`, and no torch.
+
+`libtvm_runtime.so` is taken out of the installed apache-tvm package by path; tvm_ffi does the calls. A `Program` is
+one loaded library shared by all sessions of a model; each session gets a virtual machine of its own, because a virtual
+machine must not run in two threads at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.abc
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from v4c.errors import ArtifactError, InputError
+
+_CPU = 1  # DLPack's device type
+_POOLED = 2  # keep scratch memory between calls, see Program.release_scratch
+
+_lock = threading.Lock()
+_started = False
+
+
+def wanted_threads(threads: int | None) -> int | None:
+    """The number of threads asked for: the argument, else ``V4C_NUM_THREADS``, else None.
+
+    Raises:
+        InputError: it is not a positive integer.
+    """
+    source, value = (
+        ("threads", threads) if threads is not None else ("V4C_NUM_THREADS", os.environ.get("V4C_NUM_THREADS"))
+    )
+    if value is None:
+        return None
+    try:
+        count = int(value)
+    except (TypeError, ValueError):
+        count = 0
+    if count < 1:
+        raise InputError(f"{source}: expected a positive integer, found {value!r}")
+    return count
+
+
+def start_runtime(threads: int | None = None) -> int:
+    """Load the TVM runtime once per process and return how many threads a kernel uses.
+
+    The first start decides: ``threads``, else ``V4C_NUM_THREADS``, else ``TVM_NUM_THREADS``, else the number of CPUs
+    this process may run on. TVM keeps one pool of workers per calling thread, and cannot grow one.
+
+    Raises:
+        InputError: another number of threads is asked for than this process already runs with.
+        ArtifactError: apache-tvm is not installed.
+    """
+    global _started
+    wanted = wanted_threads(threads)
+    with _lock:
+        if not _started:
+            default = os.environ.get("TVM_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
+            os.environ["TVM_NUM_THREADS"] = str(wanted) if wanted is not None else default
+            # Left alone, TVM pins the calling thread and its workers to the first cores, whatever the process may use.
+            os.environ.setdefault("TVM_BIND_THREADS", "0")
+            import_ffi()
+            _load_shared_library()
+            _started = True
+        running = int(import_ffi().get_global_func("runtime.NumThreads")())
+    if wanted is not None and wanted != running:
+        raise InputError(
+            f"threads: expected {running}, which this process already runs with, found {wanted}: "
+            "set V4C_NUM_THREADS before the first load"
+        )
+    return running
+
+
+class _WithoutTorch(importlib.abc.MetaPathFinder):
+    """Hides torch from the imports of one thread: tvm_ffi would import it, a second of work for nothing."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
+        if fullname == "torch" and threading.get_ident() == self._thread:
+            raise ModuleNotFoundError("torch is not needed to run an artifact", name=fullname)
+
+
+def import_ffi() -> ModuleType:
+    """The module tvm_ffi, imported without torch unless torch is there already."""
+    if "tvm_ffi" in sys.modules or "torch" in sys.modules:
+        return importlib.import_module("tvm_ffi")
+    finder = _WithoutTorch()
+    sys.meta_path.insert(0, finder)
+    try:
+        return importlib.import_module("tvm_ffi")
+    finally:
+        sys.meta_path.remove(finder)
+
+
+def installed_tvm_version() -> str | None:
+    """Version of the installed apache-tvm, or None when it is present without its metadata."""
+    try:
+        return importlib.metadata.version("apache-tvm")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _load_shared_library() -> None:
+    spec = importlib.util.find_spec("tvm")  # finds the folder; importing it would load the compiler
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    for folder in folders:
+        library = Path(folder) / "lib" / "libtvm_runtime.so"
+        if library.exists():
+            # Global, because compiled libraries and tvm_ffi look its symbols up.
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+            return
+    raise ArtifactError("libtvm_runtime.so: expected in the installed apache-tvm package, found none")
+
+
+class Program:
+    """A compiled library, loaded.
+
+    Args:
+        path: the verified library of an artifact.
+
+    Raises:
+        ArtifactError: it cannot be loaded, or holds no Relax executable.
+    """
+
+    def __init__(self, path: Path) -> None:
+        ffi = import_ffi()
+        try:
+            self._module = ffi.load_module(str(path))
+            self._load_executable = self._module["vm_load_executable"]
+        except Exception as error:
+            raise ArtifactError(f"{path}: expected a compiled library, found {one_line(error)}") from error
+        self._clear = ffi.get_global_func("vm.builtin.memory_manager.clear")
+
+    def new_machine(self) -> Machine:
+        """A virtual machine; it shares code and constants with the others."""
+        module = self._load_executable()
+        module["vm_initialization"](_CPU, 0, _POOLED)
+        return Machine(module)
+
+    def release_scratch(self) -> None:
+        """Free the scratch memory that no call is using.
+
+        TVM's pool keeps a buffer of every size it has seen, and prompts come in every length.
+        """
+        self._clear()
+
+
+class Machine:
+    """One virtual machine; to be used by one thread at a time."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def bind(self, function: str, arguments: Sequence[Any]) -> Callable[..., Any]:
+        """``function`` with its last arguments fixed to ``arguments``, so that a call need not pass every weight.
+
+        Raises:
+            ArtifactError: the library has no such function.
+        """
+        name = f"{function}/bound"
+        try:
+            self._module["save_function"](function, name, 1, *arguments)
+            return self._module[name]
+        except Exception as error:
+            raise ArtifactError(f"function {function!r}: expected in the library, found {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error of another library, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,199 @@
+"""A session: one batch of sequences being read and continued, with caches of its own.
+
+Positions are data, so one call serves rows at different positions; padding and idle rows touch no state. A long prompt
+is read in chunks, which bounds scratch memory.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from v4c.errors import ArtifactError, Error, InputError
+from v4c.runtime.caches import Caches
+from v4c.runtime.inputs import (
+    check_capacity,
+    checked_count,
+    checked_lengths,
+    checked_rows,
+    checked_tokens,
+    live_tokens,
+)
+from v4c.runtime.library import Program, one_line
+from v4c.runtime.manifest import Manifest
+from v4c.runtime.tensors import aligned_zeros, array_over, tensor_over
+
+_INT64 = np.dtype(np.int64)
+
+
+class Session:
+    """Made by `Model.new_session`; several may run at once in different threads, sharing the weights.
+
+    Calls on one session exclude each other. Token ids and lengths are NumPy arrays, lists, or anything with
+    ``__dlpack__`` in CPU memory, of any integer type. Every method raises `InputError`, before anything has changed,
+    for arguments that do not fit or when the session is closed.
+
+    Attributes:
+        batch: number of rows B.
+        max_context: tokens a row can hold.
+    """
+
+    def __init__(
+        self, program: Program, manifest: Manifest, weights: Sequence[Any], batch: int, max_context: int
+    ) -> None:
+        self.batch = batch
+        self.max_context = max_context
+        self._program = program
+        self._manifest = manifest
+        self._weights = weights
+        self._caches = Caches(manifest.caches, batch, max_context)
+        self._machine = program.new_machine()
+        self._functions: dict[str, Callable[..., Any]] = {}
+        self._positions = aligned_zeros((batch,), _INT64)
+        self._lengths = aligned_zeros((batch,), _INT64)
+        # The compiled functions read both arrays in place; only their content changes.
+        self._vectors = (tensor_over(self._positions, "int64"), tensor_over(self._lengths, "int64"))
+        self._lock = threading.Lock()
+        self._closed = False
+        self._interrupted = False
+
+    @property
+    def position(self) -> np.ndarray:
+        """Tokens each row has read: int64 [B], a copy."""
+        return self._positions.copy()
+
+    def prefill(self, token_ids: Any, lengths: Any = None, all_logits: bool = False, chunk: int = 512) -> np.ndarray:
+        """Read tokens, continuing where each row stands.
+
+        Args:
+            token_ids: [B, S], padded on the right with anything where lengths differ.
+            lengths: [B], live tokens per row, 0 to S; None means S.
+            all_logits: return the logits of every position.
+            chunk: most tokens per row read at once.
+
+        Returns:
+            float32 [B, vocab], the logits of each row's last live token, NaN for a row of length 0; with
+            ``all_logits``, [B, S, vocab], NaN at padding.
+        """
+        with self._lock:
+            self._check_usable()
+            chunk = checked_count(chunk, "chunk", 1)
+            tokens = checked_tokens(token_ids, self.batch, rank=2)
+            lengths = checked_lengths(lengths, self.batch, tokens.shape[1])
+            tokens = live_tokens(tokens, lengths, self._manifest.vocab_size)
+            check_capacity(self._positions, lengths, self.max_context)
+            try:
+                return self._prefill(tokens, lengths, all_logits, chunk)
+            finally:
+                self._program.release_scratch()
+
+    def decode(self, token_ids: Any, lengths: Any = None) -> np.ndarray:
+        """Read one token per row.
+
+        Args:
+            token_ids: [B].
+            lengths: [B] of 0 or 1; a row with 0 stays as it is. None means 1.
+
+        Returns:
+            float32 [B, vocab]; NaN for a row of length 0.
+        """
+        with self._lock:
+            self._check_usable()
+            tokens = checked_tokens(token_ids, self.batch, rank=1)[:, None]
+            lengths = checked_lengths(lengths, self.batch, 1)
+            tokens = live_tokens(tokens, lengths, self._manifest.vocab_size)
+            check_capacity(self._positions, lengths, self.max_context)
+            logits = self._run("decode", tokens, lengths)
+            logits[lengths == 0] = np.nan
+            return logits
+
+    def reset(self, rows: Any = None) -> None:
+        """Put rows back to position 0, all of them when ``rows`` is None; their memory is kept."""
+        with self._lock:
+            if self._closed:
+                raise InputError("session: expected an open session, found a closed one")
+            if rows is None:
+                self._positions[:] = 0
+                self._interrupted = False
+            else:
+                self._check_usable()
+                self._positions[checked_rows(rows, self.batch)] = 0
+
+    def fork(self) -> Session:
+        """An independent session in the same state; what is copied is what has been read, not the whole capacity."""
+        with self._lock:
+            self._check_usable()
+            forked = Session(self._program, self._manifest, self._weights, self.batch, self.max_context)
+            forked._caches.copy_live(self._caches, self._positions)
+            forked._positions[:] = self._positions
+            return forked
+
+    def close(self) -> None:
+        """Free the caches; closing twice is allowed."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._functions.clear()
+                del self._machine, self._caches
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _prefill(self, tokens: np.ndarray, lengths: np.ndarray, all_logits: bool, chunk: int) -> np.ndarray:
+        shape = tokens.shape if all_logits else (self.batch,)
+        result = np.full((*shape, self._manifest.vocab_size), np.nan, dtype=np.float32)
+        for start in range(0, int(lengths.max()), chunk):
+            live = np.clip(lengths - start, 0, chunk)
+            width = int(live.max())
+            piece = tokens[:, start : start + width]
+            if all_logits:
+                logits = self._run("prefill_all", piece, live)
+                mask = np.arange(width) < live[:, None]
+                result[:, start : start + width][mask] = logits[mask]
+            else:
+                logits = self._run("decode" if width == 1 else "prefill", piece, live)
+                result[live > 0] = logits[live > 0]
+        return result
+
+    def _run(self, entry: str, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """One call of a compiled function on checked arguments; positions move on when it has returned."""
+        input_ids = aligned_zeros(tokens.shape, _INT64)
+        input_ids[:] = tokens
+        self._lengths[:] = lengths
+        first = entry not in self._functions
+        if first:
+            self._functions[entry] = self._machine.bind(
+                self._manifest.entry_points[entry], [*self._caches.tensors, *self._weights]
+            )
+        # Until the positions match the caches again, an exception (Ctrl-C included) leaves a state nobody can use.
+        self._interrupted = True
+        try:
+            outputs = self._functions[entry](tensor_over(input_ids, "int64"), *self._vectors)
+        except Exception as error:
+            raise Error(f"{entry}: the compiled function failed: {one_line(error)}") from error
+        if first:
+            self._check_in_place(entry, outputs)
+        self._positions += lengths
+        self._interrupted = False
+        return array_over(outputs[0])
+
+    def _check_in_place(self, entry: str, outputs: Any) -> None:
+        """Refuse a library whose caches are copies: its state would be lost after every call."""
+        for index, (spec, tensor) in enumerate(zip(self._manifest.caches, self._caches.tensors, strict=True), start=1):
+            if outputs[index].data_ptr() != tensor.data_ptr():
+                raise ArtifactError(f"{entry}: cache {spec.name}: expected an update in place, found a copy")
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise InputError("session: expected an open session, found a closed one")
+        if self._interrupted:
+            raise InputError("session: expected a whole state, found one whose last call was interrupted: reset() it")

@@ -1,0 +1,241 @@
+"""Writing an artifact: into a folder beside the destination, renamed when complete, so a failure leaves nothing behind.
+
+Weights are streamed: declared first, so that every offset is known and each safetensors header can lead its file, then
+written one by one in that order. SHA-256 is computed while writing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import numpy as np
+
+from v4c.errors import ArtifactError, OutputError
+from v4c.runtime.dtypes import DTYPES
+from v4c.runtime.manifest import MANIFEST_NAME, Manifest, StoredFile, StoredWeight, WeightSpec
+from v4c.runtime.shards import Shard, plan_shards
+
+_PIECE = 16 << 20  # bytes hashed and written at a time, so that a weight passes through the cache once
+
+
+class ArtifactWriter:
+    """Writes one artifact.
+
+    ```python
+    with ArtifactWriter("model.v4c") as writer:
+        writer.write_library("m.so")
+        writer.declare_weights([WeightSpec("embed", "bfloat16", (1000, 64)), ...])
+        for name, array in weights:  # in the declared order
+            writer.write_weight(name, array)
+        writer.copy_tokenizer("tokenizer.json")  # when there is one
+        writer.finish(manifest)
+    ```
+
+    Args:
+        destination: folder to create; it may exist if it is empty.
+        shard_bytes: most bytes of tensors in one weights file (a single larger tensor gets a file of its own).
+
+    Raises:
+        OutputError: from every method, in one line, when the destination is taken or cannot be written.
+        ArtifactError: the calls do not fit together (order, names, shapes, dtypes, manifest).
+    """
+
+    def __init__(self, destination: str | os.PathLike[str], shard_bytes: int = 4 << 30) -> None:
+        self.destination = Path(os.path.realpath(destination))
+        self._shard_bytes = shard_bytes
+        self._folder = self.destination.with_name(f".{self.destination.name}.{secrets.token_hex(4)}.partial")
+        self._files: dict[str, StoredFile] = {}
+        self._library: str | None = None
+        self._tokenizer: str | None = None
+        self._weights: tuple[StoredWeight, ...] = ()
+        self._shards: list[Shard] = []
+        self._written = 0
+        self._open: _HashedFile | None = None
+        self._finished = False
+
+    def __enter__(self) -> ArtifactWriter:
+        with _output_errors(self.destination):
+            if self.destination.exists() and not self.destination.is_dir():
+                raise OutputError(f"{self.destination}: expected a folder to write, found a file")
+            if self.destination.is_dir() and any(self.destination.iterdir()):
+                raise OutputError(f"{self.destination}: expected no folder or an empty one, found files in it")
+            self._folder.mkdir()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._finished:
+            return
+        if self._open is not None:
+            self._open.abandon()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        if error is None:
+            raise ArtifactError(f"{self.destination}: nothing was written: finish() was not called")
+
+    def write_library(self, library: bytes | str | os.PathLike[str]) -> None:
+        """Store the compiled library, given as bytes or as the path of a shared object."""
+        if isinstance(library, bytes):
+            digest = hashlib.sha256(library).hexdigest()
+        else:
+            with _input_file(library) as source:
+                digest = hashlib.file_digest(source, "sha256").hexdigest()
+        # The name carries the content: dlopen takes a path it knows for the library it has loaded, so a recompiled
+        # artifact at the same place would otherwise run the old code.
+        self._library = f"model-{digest[:16]}.so"
+        self._store(self._library, library)
+
+    def copy_tokenizer(self, path: str | os.PathLike[str]) -> None:
+        """Store the checkpoint's ``tokenizer.json``."""
+        self._tokenizer = "tokenizer.json"
+        self._store(self._tokenizer, path)
+
+    def declare_weights(self, specs: Sequence[WeightSpec], stored: bool = True) -> None:
+        """Fix the names, dtypes, shapes and order of all weights; once, before the first `write_weight`.
+
+        Args:
+            specs: the weights in the order the compiled functions take them.
+            stored: False for an artifact without weights: they are described, and `write_weight` is not called.
+        """
+        if self._weights:
+            raise ArtifactError(f"{self.destination}: weights: expected one declaration, found a second")
+        for spec in specs:
+            if spec.dtype not in DTYPES:
+                raise ArtifactError(f"weight {spec.name}: expected dtype in {', '.join(DTYPES)}, found {spec.dtype}")
+        if stored:
+            self._shards = plan_shards(specs, self._shard_bytes)
+            self._weights = tuple(weight for shard in self._shards for weight in shard.weights)
+        else:
+            self._weights = tuple(StoredWeight(s.name, s.dtype, tuple(s.shape), None, 0) for s in specs)
+            self._written = len(self._weights)
+
+    def write_weight(self, name: str, array: np.ndarray) -> None:
+        """Append the next declared weight.
+
+        Args:
+            name: its name, for checking the order.
+            array: of the declared shape, and of the declared dtype: either the ml_dtypes type of that name, or the
+                unsigned integer of equal width that stands for it (uint16 for bfloat16, uint8 for float8).
+        """
+        if self._written == len(self._weights):
+            raise ArtifactError(f"weight {name}: expected no further weight: all {self._written} are written")
+        weight = self._weights[self._written]
+        found = f"{name} {array.dtype.name}{list(array.shape)}"
+        fits = array.dtype.name in (weight.dtype, DTYPES[weight.dtype].storage.name) and array.dtype.isnative
+        if name != weight.name or not fits or array.shape != weight.shape:
+            raise ArtifactError(
+                f"weight {self._written}: expected {weight.name} {weight.dtype}{list(weight.shape)}, found {found}"
+            )
+        shard = next(shard for shard in self._shards if shard.file == weight.file)
+        with _output_errors(self._folder / shard.file):
+            if self._open is None:
+                self._open = _HashedFile(self._folder / shard.file)
+                self._open.write(shard.header)
+            self._open.write(b"\0" * (weight.offset - self._open.size))
+            self._open.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            if weight is shard.weights[-1]:
+                self._close_file()
+        self._written += 1
+
+    def finish(self, manifest: Manifest) -> None:
+        """Write the manifest and move the folder to its destination.
+
+        Args:
+            manifest: its ``weights``, ``library``, ``tokenizer`` and ``files`` are filled in here.
+        """
+        if self._library is None:
+            raise ArtifactError(f"{self.destination}: expected a library, found none: call write_library first")
+        if self._written != len(self._weights):
+            raise ArtifactError(
+                f"{self.destination}: expected {len(self._weights)} weights, found {self._written}: "
+                f"{self._weights[self._written].name} comes next"
+            )
+        text = dataclasses.replace(
+            manifest, weights=self._weights, library=self._library, tokenizer=self._tokenizer, files=self._files
+        ).to_json()
+        file = self._folder / MANIFEST_NAME
+        Manifest.from_json(text, str(self.destination / MANIFEST_NAME))  # never write what cannot be read back
+        with _output_errors(file):
+            file.write_text(text)
+        with _output_errors(self.destination):
+            os.rename(self._folder, self.destination)  # replaces an empty folder, and nothing else
+        self._finished = True
+
+    def _store(self, name: str, source: bytes | str | os.PathLike[str]) -> None:
+        if name in self._files:
+            raise ArtifactError(f"{self.destination}: {name}: expected once, found a second")
+        with contextlib.ExitStack() as stack:
+            opened = None if isinstance(source, bytes) else stack.enter_context(_input_file(source))
+            stack.enter_context(_output_errors(self._folder / name))
+            self._open = _HashedFile(self._folder / name)
+            if isinstance(source, bytes):
+                self._open.write(source)
+            while opened is not None and (piece := opened.read(_PIECE)):
+                self._open.write(piece)
+            self._close_file()
+
+    def _close_file(self) -> None:
+        assert self._open is not None
+        self._files[self._open.path.name] = self._open.close()
+        self._open = None
+
+
+class _HashedFile:
+    """A new file whose size and SHA-256 are known when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self._hash = hashlib.sha256()
+        self._file = open(path, "xb", buffering=0)  # noqa: SIM115  closed by close() or abandon()
+
+    def write(self, data: bytes | np.ndarray) -> None:
+        """Append bytes, or an array of bytes."""
+        view = memoryview(data)
+        for start in range(0, len(view), _PIECE):
+            piece = view[start : start + _PIECE]
+            self._hash.update(piece)
+            while piece:  # unbuffered writes may be partial
+                piece = piece[self._file.write(piece) :]
+        self.size += len(view)
+
+    def close(self) -> StoredFile:
+        """Close the file and describe it."""
+        self._file.close()
+        return StoredFile(self.size, self._hash.hexdigest())
+
+    def abandon(self) -> None:
+        """Close the file, whatever became of it."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+@contextlib.contextmanager
+def _output_errors(path: Path) -> Iterator[None]:
+    """Turn an operating system error while writing ``path`` into one line."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{path}: expected to write it, found {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _input_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Open a file that is to be copied into the artifact."""
+    try:
+        file = open(path, "rb")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise ArtifactError(f"{os.fspath(path)}: expected a file to copy, found {error.strerror}") from None
+    with file:
+        yield file

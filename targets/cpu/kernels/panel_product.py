@@ -1,0 +1,55 @@
+"""The inner product of every projection: a block of rows times one packed panel, accumulated in registers.
+
+`panel_product` is a TVMScript macro, expanded where a kernel uses it, so each kernel stays one PrimFunc. The block of
+rows is static: 8 rows times 32 outputs fill half of the AVX-512 registers and reuse each weight eight times, while one
+row spreads its sum over four accumulators per vector to cover the latency of the multiply-add.
+"""
+
+# mypy: ignore-errors
+# (TVMScript: the macros below are parsed by TVM, not run by Python.)
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+from .common import VECTOR
+from .packing import PANEL
+
+VECTORS = PANEL // VECTOR
+"""Vectors per row of a panel."""
+
+ROW_BLOCK = 8
+"""Rows in the largest block; what remains is done in blocks of 4, 2 and 1."""
+
+
+def sums_per_output(rows: int, k: int) -> int:
+    """Partial sums of each output in blocks of `rows` rows: enough independent sums, and a divisor of `k`."""
+    return max(1, min(4 // rows, k & -k))
+
+
+@T.macro
+def panel_product(sums, x, row_at, weight, panel, start, stop, rows, unroll):
+    """``sums[r, :] = sum over k in [start, stop) of x[row_at[r], k] * weight[panel, k, :]``.
+
+    Args:
+        sums: local ``[rows * unroll * VECTORS, VECTOR]`` float32; vector c of row r ends up at ``r * VECTORS + c``.
+        x: ``[R, K]`` float32.
+        row_at: local ``[rows]`` int64, rows of `x`.
+        weight: ``[panels, K, PANEL]`` float32 or bfloat16, widened in registers.
+        rows, unroll: static; ``stop - start`` must be a multiple of `unroll`.
+    """
+    for a in T.unroll(rows * unroll * VECTORS):
+        for v in T.vectorized(VECTOR):
+            sums[a, v] = T.float32(0)
+    for step in range((stop - start) // unroll):
+        for u in T.unroll(unroll):
+            for r in T.unroll(rows):
+                for c in T.unroll(VECTORS):
+                    for v in T.vectorized(VECTOR):
+                        sums[(u * rows + r) * VECTORS + c, v] = sums[(u * rows + r) * VECTORS + c, v] + x[
+                            row_at[r], start + step * unroll + u
+                        ] * T.cast(weight[panel, start + step * unroll + u, c * VECTOR + v], "float32")
+    for a in T.unroll(rows * VECTORS):
+        for u in T.unroll(unroll - 1):
+            for v in T.vectorized(VECTOR):
+                sums[a, v] = sums[a, v] + sums[(u + 1) * rows * VECTORS + a, v]
