@@ -1,7 +1,6 @@
 """The operators of ONNX domain ``v4c``, one module each; importing this package declares them all."""
 
 from importlib import import_module
-from importlib.util import find_spec
 
 from .base import DOMAIN, OPS, OPSET_VERSION, CustomOp, TensorSpec
 
@@ -25,7 +24,6 @@ MODULES = (
 """The modules that declare an op; a new op is one more name."""
 
 for _module in MODULES:
-    if find_spec(f"{__name__}.{_module}") is not None:
-        import_module(f"{__name__}.{_module}")
+    import_module(f"{__name__}.{_module}")
 
 __all__ = ["DOMAIN", "OPS", "OPSET_VERSION", "CustomOp", "TensorSpec"]

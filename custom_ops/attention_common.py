@@ -13,7 +13,7 @@ from onnxscript.onnx_types import FLOAT
 from torch import Tensor
 
 from .onnx_common import v4c
-from .torch_common import blocks, ready_rows, ring_history, ring_write
+from .torch_common import blocks, ready_rows, ring_history, ring_write, token_positions
 
 
 def attend(q: Tensor, keys: Tensor, visible: Tensor, sinks: Tensor, scale: float) -> Tensor:
@@ -31,12 +31,12 @@ def attend(q: Tensor, keys: Tensor, visible: Tensor, sinks: Tensor, scale: float
     """
     shared = keys.ndim == 3
     keys = keys.masked_fill(~(visible.any(1) if shared else visible)[..., None], 0.0)
-    spec = "bnc" if shared else "btnc"
-    scores = torch.einsum(f"bthc,{spec}->bthn", q, keys) * scale
+    layout = "bnc" if shared else "btnc"
+    scores = torch.einsum(f"bthc,{layout}->bthn", q, keys) * scale
     scores = scores.masked_fill(~visible[:, :, None], -torch.inf)
     sink = sinks[:, None].expand(*q.shape[:3], 1)
     share = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
-    return torch.einsum(f"bthn,{spec}->bthc", share, keys)
+    return torch.einsum(f"bthn,{layout}->bthc", share, keys)
 
 
 def attend_shared(
@@ -60,15 +60,15 @@ def attend_shared(
     ready = positions.new_zeros(batch, chunk) if rows is None else ready_rows(positions, lengths, chunk, ratio)
     compressed = history[:, :0] if rows is None else rows[:, : int(ready.max())]
     row = torch.arange(compressed.shape[1], device=q.device)
+    token = token_positions(positions, chunk)
     out = torch.empty_like(q)
     for block in blocks(chunk, batch * heads * (2 * size + len(row)), limit=max(size, 64)):
-        # History row i + size is token i, so the block's keys start one after `size` rows before it.
+        # Token j is history row j + size, so what the block sees starts one row after its first token's index.
         near = slice(block.start + 1, block.stop + size)
-        age = (positions[:, None] + torch.arange(chunk, device=q.device)[block])[..., None] - history_positions[
-            :, None, near
-        ]
-        seen = (age >= 0) & (age < size) & (history_positions[:, None, near] >= 0)
-        visible = torch.cat([seen, row < ready[:, block, None]], dim=2)
+        key = history_positions[:, None, near]
+        age = token[:, block, None] - key
+        recent = (age >= 0) & (age < size) & (key >= 0)
+        visible = torch.cat([recent, row < ready[:, block, None]], dim=2)
         out[:, block] = attend(q[:, block], torch.cat([history[:, near], compressed], dim=1), visible, sinks, scale)
     return out, ring_write(window, kv, positions, lengths)
 

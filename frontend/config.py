@@ -1,7 +1,7 @@
 """The sizes of a DeepSeek-V4 model: one frozen description that every other part of v4c reads.
 
-Field names are those of Hugging Face's config; the per-layer schedule is spelled out, so nobody guesses defaults. Reading
-and writing the JSON layouts is in `config_json`.
+Field names are those of Hugging Face's config; the per-layer schedule is spelled out, so nobody guesses defaults.
+Reading and writing the JSON layouts is in `config_json`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ MLP_TYPES = ("hash", "topk")
 DTYPES = ("float32", "bfloat16", "float16")
 
 _POSITIVE_INTEGERS = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "qk_rope_head_dim", "q_lora_rank",
-    "o_groups", "o_lora_rank", "n_routed_experts", "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size",
-    "csa_ratio", "hca_ratio", "sliding_window", "index_n_heads", "index_head_dim", "index_topk", "hc_mult",
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "qk_rope_head_dim",
+    "q_lora_rank", "o_groups", "o_lora_rank", "n_routed_experts", "num_experts_per_tok", "n_shared_experts",
+    "moe_intermediate_size", "csa_ratio", "hca_ratio", "sliding_window", "index_n_heads", "index_head_dim", "index_topk", "hc_mult",
     "hc_sinkhorn_iters", "max_position_embeddings",
 )  # fmt: skip
 _POSITIVE_NUMBERS = ("routed_scaling_factor", "swiglu_limit", "hc_eps", "rms_norm_eps")
 _LARGEST_INTEGER = 2**31 - 1
+# Tensors are listed one by one, so a config must not be able to call for billions of them.
+_LARGEST = {"num_hidden_layers": 2**12, "n_routed_experts": 2**14}
 
 
 def _check_number(key: str, value: object, above: float) -> None:
@@ -37,8 +39,9 @@ def _check_number(key: str, value: object, above: float) -> None:
 
 
 def _check_integer(key: str, value: object, minimum: int) -> None:
-    if type(value) is not int or not minimum <= value <= _LARGEST_INTEGER:
-        raise ConfigError(f"{key}: expected an integer from {minimum} to {_LARGEST_INTEGER}, found {value!r}")
+    maximum = _LARGEST.get(key, _LARGEST_INTEGER)
+    if type(value) is not int or not minimum <= value <= maximum:
+        raise ConfigError(f"{key}: expected an integer from {minimum} to {maximum}, found {value!r}")
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,8 @@ class ModelConfig:
             raise ConfigError(f"n_shared_experts: expected 1, found {self.n_shared_experts}")
         if self.num_attention_heads % self.o_groups:
             raise ConfigError(
-                f"o_groups: expected a divisor of num_attention_heads ({self.num_attention_heads}), found {self.o_groups}"
+                f"o_groups: expected a divisor of num_attention_heads ({self.num_attention_heads}), "
+                f"found {self.o_groups}"
             )
         narrowest = min(self.head_dim, self.index_head_dim)
         if self.qk_rope_head_dim % 2 or self.qk_rope_head_dim > narrowest:
@@ -216,7 +220,8 @@ class ModelConfig:
             named.append(("engram.pad_id", self.engram.pad_id))
             if self.engram.layer_ids[-1] >= self.num_hidden_layers:
                 raise ConfigError(
-                    f"engram.layer_ids: expected layers below {self.num_hidden_layers}, found {self.engram.layer_ids[-1]}"
+                    f"engram.layer_ids: expected layers below {self.num_hidden_layers}, "
+                    f"found {self.engram.layer_ids[-1]}"
                 )
         for key, token in named:
             if token is not None and (type(token) is not int or not 0 <= token < self.vocab_size):

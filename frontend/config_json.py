@@ -32,8 +32,8 @@ _PUBLISHED_RATIOS = {0: "sliding", 4: "csa", 128: "hca"}
 # Copied as they are; `ModelConfig` checks their ranges.
 _PLAIN_INTEGERS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "q_lora_rank", "o_groups",
-    "o_lora_rank", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "sliding_window", "index_n_heads",
-    "index_head_dim", "index_topk", "hc_mult", "hc_sinkhorn_iters", "max_position_embeddings",
+    "o_lora_rank", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "sliding_window",
+    "index_n_heads", "index_head_dim", "index_topk", "hc_mult", "hc_sinkhorn_iters", "max_position_embeddings",
 )  # fmt: skip
 _PLAIN_NUMBERS = ("routed_scaling_factor", "swiglu_limit", "hc_eps", "rms_norm_eps")
 # Switches of the reference that v4c knows one position of.
@@ -156,13 +156,15 @@ def _check_family(fields: _Fields) -> None:
         raise fields.error("architectures", "a list of names", show(architectures))
     if "DeepseekV41ForCausalLM" in architectures or model_type == "deepseek_v41":
         raise UnsupportedError(
-            f"{fields.source}: expected a DeepSeek-V4 model ({ARCHITECTURE}), found DeepSeek-V4.1: another architecture "
-            "(shared KV sources, no hash layers) that v4c does not support"
+            f"{fields.source}: expected a DeepSeek-V4 model ({ARCHITECTURE}), found DeepSeek-V4.1: another "
+            "architecture (shared KV sources, no hash layers) that v4c does not support"
         )
     if architectures and ARCHITECTURE not in architectures:
         raise fields.error("architectures", ARCHITECTURE, show(architectures))
     if model_type != MODEL_TYPE and not (model_type is None and architectures):
-        raise fields.error("model_type", show(MODEL_TYPE), show(model_type) if model_type is not None else "no such key")
+        raise fields.error(
+            "model_type", show(MODEL_TYPE), show(model_type) if model_type is not None else "no such key"
+        )
 
 
 def _schedule(fields: _Fields, layers: int, mtp_layers: int) -> dict[str, Any]:
@@ -235,11 +237,15 @@ def _rotary(fields: _Fields, head_dim: int) -> dict[str, Any]:
             continue
         factor = place.number("partial_rotary_factor")
         # transformers truncates the product; rounding errors just below a whole number are not meant.
-        found = round(head_dim * factor) if abs(head_dim * factor - round(head_dim * factor)) < 1e-6 else head_dim * factor
+        found = (
+            round(head_dim * factor) if abs(head_dim * factor - round(head_dim * factor)) < 1e-6 else head_dim * factor
+        )
         if width is None:
             width = int(found)
         if int(found) != width:
-            raise place.error("partial_rotary_factor", f"{width} of {head_dim} dims rotated", f"{factor} ({found:g} dims)")
+            raise place.error(
+                "partial_rotary_factor", f"{width} of {head_dim} dims rotated", f"{factor} ({found:g} dims)"
+            )
     if width is None:
         raise fields.error("qk_rope_head_dim", "an integer (or partial_rotary_factor)", "no such key")
     return {"qk_rope_head_dim": width, "rope_theta": theta, "compress_rope_theta": compress_theta, "yarn": yarn}

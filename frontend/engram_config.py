@@ -1,7 +1,7 @@
 """What Engram adds to a model: on which layers, how n-grams are hashed, and how large the tables are.
 
-Everything the hash needs (primes, row offsets, multipliers) is derived from these few numbers, so two readers of one config
-agree on every table row (arXiv 2601.07372, sections 2.2 and 2.3).
+Everything the hash needs (primes, row offsets, multipliers) is derived from these few numbers, so two readers of one
+config agree on every table row (arXiv 2601.07372, sections 2.2 and 2.3).
 """
 
 from __future__ import annotations
@@ -15,6 +15,16 @@ from v4c.errors import ConfigError
 
 _LAYER_SEED_STEP = 10007
 """Spreads one seed over layers, as in the paper's reference code."""
+
+_RANGES = {
+    "heads_per_ngram": (1, 1024),
+    "embed_dim": (1, 2**20),
+    "table_rows": (2, 2**31 - 1),
+    "pad_id": (0, 2**31 - 1),
+    "seed": (0, 2**31 - 1),
+    "max_ngram": (2, 16),
+    "kernel_size": (2, 64),
+}
 
 
 @lru_cache
@@ -56,13 +66,10 @@ class EngramConfig:
     kernel_size: int = 4
 
     def __post_init__(self) -> None:
-        minimums = {
-            "heads_per_ngram": 1, "embed_dim": 1, "table_rows": 2, "pad_id": 0, "seed": 0, "max_ngram": 2, "kernel_size": 2,
-        }  # fmt: skip
-        for key, minimum in minimums.items():
+        for key, (minimum, maximum) in _RANGES.items():
             value = getattr(self, key)
-            if type(value) is not int or not minimum <= value < 2**31:
-                raise ConfigError(f"engram.{key}: expected an integer of at least {minimum}, found {value!r}")
+            if type(value) is not int or not minimum <= value <= maximum:
+                raise ConfigError(f"engram.{key}: expected an integer from {minimum} to {maximum}, found {value!r}")
         ascending = sorted(set(self.layer_ids))
         if not ascending or list(self.layer_ids) != ascending or ascending[0] < 0:
             raise ConfigError(f"engram.layer_ids: expected ascending layer numbers, found {list(self.layer_ids)}")

@@ -1,7 +1,7 @@
 """Which tensors a model has, what they are called, and how the upstream spelling of a checkpoint maps to ours.
 
-v4c uses Hugging Face's ``state_dict`` names throughout. Files on disk may use upstream's names, Hugging Face's, or the mix
-that ``save_pretrained`` of transformers 5.23 writes; `canonical` understands all three.
+v4c uses Hugging Face's ``state_dict`` names throughout. Files on disk may use upstream's names, Hugging Face's, or
+the mix that ``save_pretrained`` of transformers 5.23 writes; `canonical` understands all three.
 """
 
 from __future__ import annotations
@@ -37,49 +37,41 @@ class TensorInfo:
 class Source:
     """Where one tensor comes from: `pieces` joined by `join`.
 
-    ``"copy"``: one piece. ``"stack"``: one piece per expert along a new first axis. ``"stack_gate_up"``: the same, where each
-    expert has two pieces in a row (w1 the gate, w3 the up projection), stacked on top of each other.
+    ``"copy"``: one piece. ``"stack"``: one piece per expert along a new first axis. ``"stack_gate_up"``: the same,
+    where each expert has two pieces in a row (w1 the gate, w3 the up projection), stacked on top of each other.
     """
 
     pieces: tuple[str, ...]
     join: Join
 
 
-# Within a layer, upstream's name and ours.
-_LAYER_NAMES = {
-    "attn.attn_sink": "self_attn.sinks",
-    "attn.wq_a.weight": "self_attn.q_a_proj.weight",
-    "attn.q_norm.weight": "self_attn.q_a_norm.weight",
-    "attn.wq_b.weight": "self_attn.q_b_proj.weight",
-    "attn.wkv.weight": "self_attn.kv_proj.weight",
-    "attn.kv_norm.weight": "self_attn.kv_norm.weight",
-    "attn.wo_a.weight": "self_attn.o_a_proj.weight",
-    "attn.wo_b.weight": "self_attn.o_b_proj.weight",
-    "attn.compressor.ape": "self_attn.compressor.position_bias",
-    "attn.compressor.wkv.weight": "self_attn.compressor.kv_proj.weight",
-    "attn.compressor.wgate.weight": "self_attn.compressor.gate_proj.weight",
-    "attn.compressor.norm.weight": "self_attn.compressor.kv_norm.weight",
-    "attn.indexer.compressor.ape": "self_attn.compressor.indexer.position_bias",
-    "attn.indexer.compressor.wkv.weight": "self_attn.compressor.indexer.kv_proj.weight",
-    "attn.indexer.compressor.wgate.weight": "self_attn.compressor.indexer.gate_proj.weight",
-    "attn.indexer.compressor.norm.weight": "self_attn.compressor.indexer.kv_norm.weight",
-    "attn.indexer.wq_b.weight": "self_attn.compressor.indexer.q_b_proj.weight",
-    "attn.indexer.weights_proj.weight": "self_attn.compressor.indexer.scorer.weights_proj.weight",
-    "ffn.gate.weight": "mlp.gate.weight",
-    "ffn.gate.tid2eid": "mlp.gate.tid2eid",
-    "ffn.gate.bias": "mlp.gate.e_score_correction_bias",
-    "ffn.shared_experts.w1.weight": "mlp.shared_experts.gate_proj.weight",
-    "ffn.shared_experts.w3.weight": "mlp.shared_experts.up_proj.weight",
-    "ffn.shared_experts.w2.weight": "mlp.shared_experts.down_proj.weight",
-    "attn_norm.weight": "input_layernorm.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "hc_attn_fn": "attn_hc.fn",
-    "hc_attn_base": "attn_hc.base",
-    "hc_attn_scale": "attn_hc.scale",
-    "hc_ffn_fn": "ffn_hc.fn",
-    "hc_ffn_base": "ffn_hc.base",
-    "hc_ffn_scale": "ffn_hc.scale",
-}
+# Upstream's word for each part of a name, and ours. Files mix both: transformers undoes only those of its renaming rules
+# that it applied on loading, so parts are translated one by one.
+_PARTS = {
+    "attn": "self_attn", "attn_sink": "sinks", "wq_a": "q_a_proj", "q_norm": "q_a_norm", "wq_b": "q_b_proj",
+    "wkv": "kv_proj", "wgate": "gate_proj", "norm": "kv_norm", "wo_a": "o_a_proj", "wo_b": "o_b_proj",
+    "ape": "position_bias", "ffn": "mlp", "bias": "e_score_correction_bias", "w1": "gate_proj", "w2": "down_proj",
+    "w3": "up_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "hc_attn_fn": "attn_hc.fn",
+    "hc_attn_base": "attn_hc.base", "hc_attn_scale": "attn_hc.scale", "hc_ffn_fn": "ffn_hc.fn",
+    "hc_ffn_base": "ffn_hc.base", "hc_ffn_scale": "ffn_hc.scale",
+}  # fmt: skip
+# Upstream's indexer owns a compressor; ours belongs to one. Applied in this order.
+_MOVED = (
+    ("self_attn.indexer.compressor.", "self_attn.compressor.indexer."),
+    ("self_attn.indexer.", "self_attn.compressor.indexer."),
+    ("indexer.weights_proj.", "indexer.scorer.weights_proj."),
+)
+_UPSTREAM_IN_LAYER = (
+    "attn.attn_sink", "attn.wq_a.weight", "attn.q_norm.weight", "attn.wq_b.weight", "attn.wkv.weight",
+    "attn.kv_norm.weight", "attn.wo_a.weight", "attn.wo_b.weight",
+    "attn.compressor.ape", "attn.compressor.wkv.weight", "attn.compressor.wgate.weight", "attn.compressor.norm.weight",
+    "attn.indexer.compressor.ape", "attn.indexer.compressor.wkv.weight", "attn.indexer.compressor.wgate.weight",
+    "attn.indexer.compressor.norm.weight", "attn.indexer.wq_b.weight", "attn.indexer.weights_proj.weight",
+    "ffn.gate.weight", "ffn.gate.tid2eid", "ffn.gate.bias",
+    "ffn.shared_experts.w1.weight", "ffn.shared_experts.w3.weight", "ffn.shared_experts.w2.weight",
+    "attn_norm.weight", "ffn_norm.weight",
+    "hc_attn_fn", "hc_attn_base", "hc_attn_scale", "hc_ffn_fn", "hc_ffn_base", "hc_ffn_scale",
+)  # fmt: skip
 _TOP_NAMES = {
     "embed.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
@@ -88,10 +80,18 @@ _TOP_NAMES = {
     "hc_head_scale": "model.hc_head.hc_scale",
     "head.weight": "lm_head.weight",
 }
-_UPSTREAM_OF_LAYER = {ours: upstream for upstream, ours in _LAYER_NAMES.items()}
+
+
+def _translate(inside: str) -> str:
+    """Our name for what a file calls `inside` within a layer; a no-op on our own names."""
+    inside = ".".join(_PARTS.get(part, part) for part in inside.split("."))
+    for theirs, ours in _MOVED:
+        inside = inside.replace(theirs, ours)
+    return inside
+
+
+_UPSTREAM_OF_LAYER = {_translate(upstream): upstream for upstream in _UPSTREAM_IN_LAYER}
 _UPSTREAM_OF_TOP = {ours: upstream for upstream, ours in _TOP_NAMES.items()}
-# transformers' reverse mapping writes the attention's own norm like the compressor's.
-_ACCEPTED_IN_LAYER = {**_LAYER_NAMES, "attn.norm.weight": "self_attn.kv_norm.weight"}
 
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(?:ffn|mlp)\.experts\.(\d+)\.(w[123]|gate_proj|up_proj|down_proj)\.weight")
@@ -104,7 +104,10 @@ def tensor_specs(config: ModelConfig) -> dict[str, TensorInfo]:
     specs = {"model.embed_tokens.weight": TensorInfo((vocab, hidden), "weight")}
     for layer in range(config.num_hidden_layers):
         inside = _attention_specs(config, layer) | _mlp_specs(config, layer)
-        inside |= {name: TensorInfo((hidden,), "fp32") for name in ("input_layernorm.weight", "post_attention_layernorm.weight")}
+        inside |= {
+            name: TensorInfo((hidden,), "fp32")
+            for name in ("input_layernorm.weight", "post_attention_layernorm.weight")
+        }
         for mixer in ("attn_hc", "ffn_hc"):
             outputs = (2 + streams) * streams
             inside[f"{mixer}.fn"] = TensorInfo((outputs, streams * hidden), "fp32")
@@ -241,11 +244,11 @@ def canonical(name: str) -> str:
     expert = _EXPERT.fullmatch(inside)
     if expert is not None:
         return expert_piece(layer, int(expert[1]), _EXPERT_PARTS.get(expert[2], expert[2]))
-    return f"model.layers.{layer}.{_ACCEPTED_IN_LAYER.get(inside, inside)}"
+    return f"model.layers.{layer}.{_translate(inside)}"
 
 
 def is_mtp(config: ModelConfig, name: str) -> bool:
-    """Whether a file's tensor belongs to the multi-token-prediction layers, which v4c (like the reference) leaves out."""
+    """Whether a file's tensor belongs to the multi-token-prediction layers, which v4c (as the reference) omits."""
     body = name.removeprefix("model.")
     if body.startswith("mtp"):
         return True

@@ -141,7 +141,7 @@ def build(config: ModelConfig, *, all_logits: bool = False, dtype: str = "f32", 
     streams.type, streams.shape = streams_type, ir.Shape(streams_shape)
     (logits,) = graph.call(head, "head.", {"streams": streams, **common}, ["logits"])
     logits.type = ir.TensorType(ir.DataType.FLOAT)
-    logits.shape = ir.Shape(["batch", *(["chunk"] if all_logits else []), config.vocab_size])
+    logits.shape = _logits_shape(config, all_logits)
 
     functions = [p.function for p in (embed, *parts.values(), head)]
     functions += [f for f in _op_functions(functions)]
@@ -165,6 +165,32 @@ def build(config: ModelConfig, *, all_logits: bool = False, dtype: str = "f32", 
     if progress:
         progress("trace", len(kinds) + 2, len(kinds) + 2)
     return ir.Model(main, ir_version=11, producer_name="v4c", functions=functions, metadata_props=metadata)
+
+
+def set_head(model: ir.Model, config: ModelConfig, all_logits: bool) -> None:
+    """Make the model's last call the head that gives the last live token's logits, or every token's."""
+    (call,) = (n for n in model.graph if n.domain == PART_DOMAIN and n.op_type in ("Head", "HeadAll"))
+    name = "HeadAll" if all_logits else "Head"
+    if call.op_type == name:
+        return
+    if (PART_DOMAIN, name, "") not in model.functions:
+        function = trace_head(config, all_logits).function
+        function.opset_imports.update(model.opset_imports)
+        model.functions[function.identifier()] = function
+    call.op_type = name
+    call.outputs[0].shape = _logits_shape(config, all_logits)
+
+
+def _logits_shape(config: ModelConfig, all_logits: bool) -> ir.Shape:
+    return ir.Shape(["batch", *(["chunk"] if all_logits else []), config.vocab_size])
+
+
+def check_destination(path: Path) -> None:
+    """Refuse, before any work is done, a destination that is a folder or in no folder; a file there is replaced."""
+    if path.is_dir():
+        raise OutputError(f"{path}: expected a file name, found a folder")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: expected an existing folder {path.parent}, found none")
 
 
 def _constant(name: str, array: np.ndarray) -> ir.Value:

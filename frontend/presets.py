@@ -1,4 +1,4 @@
-"""The sizes v4c knows by name: the published models, two small ones to develop with, a slice of V4-Flash, and each with Engram."""
+"""The sizes v4c knows by name: the published models, two small ones, a slice of V4-Flash, and each with Engram."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ _MINI = replace(
     dtype="float32",
 )
 
-# Every kind of layer and router, small enough for a test; 16 indexer heads, for with fewer many index scores are exactly 0.
+# Every kind of layer and router, small enough for a test; 16 indexer heads, for with fewer many scores are exactly 0.
 _NANO = replace(
     _MINI,
     vocab_size=4096,
@@ -126,8 +126,8 @@ _NANO = replace(
 def with_engram(config: ModelConfig, heads_per_ngram: int = 8, embed_dim: int = 0, table_rows: int = 0) -> ModelConfig:
     """`config` with Engram on its second layer and at a third of its depth.
 
-    The defaults follow the paper's proportions (arXiv 2601.07372): some five table rows per token id and head, and rows so
-    wide that all heads of one n-gram length together are an eighth of the hidden size.
+    The defaults follow the paper's proportions (arXiv 2601.07372): some five table rows per token id and head, and
+    rows so wide that all heads of one n-gram length together are an eighth of the hidden size.
     """
     engram = EngramConfig(
         layer_ids=(1, max(2, config.num_hidden_layers // 3)),

@@ -1,7 +1,7 @@
 """Rotation speeds: ``inv_freq`` for sliding layers (plain) and for compressed layers (their own theta, with YaRN).
 
-Computed with the same float32 torch operations as the reference, in the same order: at position 1e6 one unit in the last
-place of a speed near 1 is an angle of 0.06, so "about equal" would not do.
+Computed with the same float32 torch operations as the reference, in the same order: at position 1e6 one unit in the
+last place of a speed near 1 is an angle of 0.06, so "about equal" would not do.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ RopeKind = Literal["main", "compress"]
 def inv_freq(config: ModelConfig, kind: RopeKind) -> np.ndarray:
     """``[R / 2]`` float32: angle per position of each rotated pair.
 
-    ``"main"`` is for sliding layers; ``"compress"`` for queries, keys and compressed rows of CSA and HCA layers and their
-    indexer. The amplitude is 1.0 in both: V4 does not use YaRN's attention factor.
+    ``"main"`` is for sliding layers; ``"compress"`` for queries, keys and compressed rows of CSA and HCA layers and
+    their indexer. The amplitude is 1.0 in both: V4 does not use YaRN's attention factor.
     """
     width = config.qk_rope_head_dim
     theta = config.rope_theta if kind == "main" else config.compress_rope_theta
@@ -35,7 +35,7 @@ def inv_freq(config: ModelConfig, kind: RopeKind) -> np.ndarray:
 
 
 def _interpolated_share(yarn: YarnScaling, width: int, theta: float) -> Tensor:
-    """``[R / 2]`` float32: 0 where a pair keeps its speed, 1 where YaRN slows it by the whole factor (arXiv 2309.00071, 3.2)."""
+    """``[R / 2]`` float32: 0 where a pair keeps its speed, 1 where YaRN slows it fully (arXiv 2309.00071, 3.2)."""
 
     def pair_that_turns(times: float) -> float:
         """The (fractional) dim whose wavelength fits `times` into the original context."""

@@ -47,7 +47,9 @@ def parse_object(data: bytes, source: str, error: type[Error]) -> dict[str, Any]
     except _Refused as refusal:
         raise error(f"{source}: {refusal}") from None
     except UnicodeDecodeError as failure:
-        raise error(f"{source}: expected UTF-8 text, found byte {data[failure.start]:#04x} at {failure.start}") from None
+        raise error(
+            f"{source}: expected UTF-8 text, found byte {data[failure.start]:#04x} at {failure.start}"
+        ) from None
     except json.JSONDecodeError as failure:
         found = f"{failure.msg} at line {failure.lineno}, column {failure.colno}"
         raise error(f"{source}: expected valid JSON, found an error: {found}") from None

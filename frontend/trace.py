@@ -173,10 +173,14 @@ def _as_function(model: ir.Model, name: str) -> ir.Function:
         if first is not None:
             graph.insert_before(first, constant)
     graph.initializers.clear()
+    taken = {value.name for value in graph.inputs}
     for node in graph:
         node.metadata_props.clear()  # stack traces of the tracer: they hold this machine's paths
+        node.name = (node.name or node.op_type).removeprefix("node_")
         for output in node.outputs:
             output.metadata_props.clear()
+            if output.name in taken:  # the tracer names values after ops, and an input may be called like one
+                output.name = f"{output.name}_out"
     return ir.Function(PART_DOMAIN, name, graph=graph, attributes=[])
 
 

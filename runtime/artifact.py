@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from v4c.errors import ArtifactError, InputError, UnsupportedError
 from v4c.runtime.dtypes import DTYPES
 from v4c.runtime.library import installed_tvm_version, one_line
 from v4c.runtime.manifest import MANIFEST_NAME, Manifest, StoredWeight, Target
 from v4c.runtime.tensors import tensor_over
+
+from v4c.errors import ArtifactError, InputError, UnsupportedError
+
+_MAP_NORESERVE = 0x4000  # Linux, x86 and Arm; Python's mmap names it from 3.13 on
 
 VERIFY = ("all", "code")
 """What to hash before loading: every file, or the library alone (sizes are always checked)."""
@@ -68,7 +70,7 @@ class Artifact:
             ArtifactError: this machine is of another kind, lacks CPU features, or has another version of TVM.
         """
         target = self.manifest.target
-        if target.name != "cpu":
+        if target.name.partition(":")[0] != "cpu":
             raise UnsupportedError(f"{self.path}: expected target cpu, which this runtime drives, found {target.name}")
         if target.arch != platform.machine():
             raise ArtifactError(f"{self.path}: compiled for {target.arch}, this machine is {platform.machine()}")
@@ -164,7 +166,7 @@ def _map_file(file: Path) -> mmap.mmap:
     try:
         with open(file, "rb") as opened:
             return mmap.mmap(
-                opened.fileno(), 0, flags=mmap.MAP_PRIVATE | mmap.MAP_NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+                opened.fileno(), 0, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
             )
     except (OSError, ValueError) as error:  # ValueError: an empty file
         raise ArtifactError(f"{file}: expected a file that can be mapped, found {one_line(error)}") from None

@@ -13,6 +13,7 @@ import importlib.abc
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -26,57 +27,66 @@ _CPU = 1  # DLPack's device type
 _POOLED = 2  # keep scratch memory between calls, see Program.release_scratch
 
 _lock = threading.Lock()
-_started = False
+_chosen: int | None = None
+_loaded = False
 
 
-def wanted_threads(threads: int | None) -> int | None:
-    """The number of threads asked for: the argument, else ``V4C_NUM_THREADS``, else None.
+def choose_threads(threads: int | None = None) -> None:
+    """Fix the number of threads for this process, once; later calls change nothing.
+
+    ``threads``, else ``V4C_NUM_THREADS``, else ``TVM_NUM_THREADS``, else the number of CPUs this process may run on.
+    TVM keeps a pool of workers per calling thread, made at the first parallel kernel and never grown: whoever imports
+    TVM's compiler calls this before.
 
     Raises:
-        InputError: it is not a positive integer.
+        InputError: the number is no positive integer.
     """
-    source, value = (
-        ("threads", threads) if threads is not None else ("V4C_NUM_THREADS", os.environ.get("V4C_NUM_THREADS"))
-    )
-    if value is None:
-        return None
-    try:
-        count = int(value)
-    except (TypeError, ValueError):
-        count = 0
-    if count < 1:
-        raise InputError(f"{source}: expected a positive integer, found {value!r}")
-    return count
+    global _chosen
+    if threads is not None:
+        _positive("threads", threads)
+    with _lock:
+        if _chosen is not None:
+            return
+        sources = {"threads": threads, **{key: os.environ.get(key) for key in ("V4C_NUM_THREADS", "TVM_NUM_THREADS")}}
+        given = next(((source, value) for source, value in sources.items() if value is not None), None)
+        _chosen = len(os.sched_getaffinity(0)) if given is None else _positive(*given)
+        os.environ["TVM_NUM_THREADS"] = str(_chosen)
+        # Left alone, TVM pins the calling thread and its workers to the first cores, whatever the process may use.
+        os.environ.setdefault("TVM_BIND_THREADS", "0")
 
 
 def start_runtime(threads: int | None = None) -> int:
-    """Load the TVM runtime once per process and return how many threads a kernel uses.
+    """Load the TVM runtime, once per process, and return how many threads a kernel uses.
 
-    The first start decides: ``threads``, else ``V4C_NUM_THREADS``, else ``TVM_NUM_THREADS``, else the number of CPUs
-    this process may run on. TVM keeps one pool of workers per calling thread, and cannot grow one.
+    Args:
+        threads: see `choose_threads`; TVM uses no more than the machine has cores.
 
     Raises:
-        InputError: another number of threads is asked for than this process already runs with.
+        InputError: ``threads`` is not what the process runs with.
         ArtifactError: apache-tvm is not installed.
     """
-    global _started
-    wanted = wanted_threads(threads)
+    global _loaded
+    choose_threads(threads)
     with _lock:
-        if not _started:
-            default = os.environ.get("TVM_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
-            os.environ["TVM_NUM_THREADS"] = str(wanted) if wanted is not None else default
-            # Left alone, TVM pins the calling thread and its workers to the first cores, whatever the process may use.
-            os.environ.setdefault("TVM_BIND_THREADS", "0")
-            import_ffi()
+        ffi = import_ffi()
+        if not _loaded:
             _load_shared_library()
-            _started = True
-        running = int(import_ffi().get_global_func("runtime.NumThreads")())
-    if wanted is not None and wanted != running:
+            _loaded = True
+    running = int(ffi.get_global_func("runtime.NumThreads")())
+    if threads is not None and threads != running:
         raise InputError(
-            f"threads: expected {running}, which this process already runs with, found {wanted}: "
-            "set V4C_NUM_THREADS before the first load"
+            f"threads: expected {running}, which TVM runs with in this process, found {threads}: "
+            "it is fixed by the first load, and at most the number of cores"
         )
     return running
+
+
+def _positive(source: str, value: int | str) -> int:
+    # str() first: int() alone would take 2.5 for 2, and True for 1
+    count = int(value) if re.fullmatch(r"[0-9]{1,9}", str(value)) else 0
+    if count < 1:
+        raise InputError(f"{source}: expected a positive integer, found {value!r}")
+    return count
 
 
 class _WithoutTorch(importlib.abc.MetaPathFinder):

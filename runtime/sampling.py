@@ -6,9 +6,9 @@ import math
 from numbers import Real
 
 import numpy as np
+from v4c.runtime.inputs import checked_count
 
 from v4c.errors import Error, InputError
-from v4c.runtime.inputs import checked_count
 
 
 class Sampler:
@@ -50,7 +50,8 @@ class Sampler:
         return np.array([self._draw(row) for row in logits], dtype=np.int64)
 
     def _draw(self, logits: np.ndarray) -> int:
-        weights = np.exp((logits.astype(np.float64) - float(logits.max())) / self._temperature)
+        with np.errstate(over="ignore"):  # to -inf at tiny temperatures, whose exponential is 0 as it should be
+            weights = np.exp((logits.astype(np.float64) - float(logits.max())) / self._temperature)
         order = np.argsort(-weights, kind="stable")
         cumulative = np.cumsum(weights[order])
         if self._top_p < 1:

@@ -44,7 +44,7 @@ def _padded(size: int) -> int:
 
 def _shard(file: str, specs: Sequence[WeightSpec]) -> Shard:
     entries: dict[str, dict[str, object]] = {}
-    starts = []
+    starts: list[int] = []
     end = 0
     for spec in specs:
         start = _padded(end)

@@ -27,9 +27,7 @@ class Tokenizer:
         try:
             import tokenizers
         except ImportError:
-            raise InputError(
-                "text: expected the package tokenizers, found none: install it, or pass token ids"
-            ) from None
+            raise InputError("text: the package tokenizers is not installed: install it, or pass token ids") from None
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(os.fspath(path))
         except Exception as error:  # the library raises bare exceptions

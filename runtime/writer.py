@@ -9,20 +9,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import io
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 import numpy as np
-
-from v4c.errors import ArtifactError, OutputError
 from v4c.runtime.dtypes import DTYPES
 from v4c.runtime.manifest import MANIFEST_NAME, Manifest, StoredFile, StoredWeight, WeightSpec
 from v4c.runtime.shards import Shard, plan_shards
+
+from v4c.errors import ArtifactError, OutputError
 
 _PIECE = 16 << 20  # bytes hashed and written at a time, so that a weight passes through the cache once
 
@@ -141,7 +141,7 @@ class ArtifactWriter:
                 self._open = _HashedFile(self._folder / shard.file)
                 self._open.write(shard.header)
             self._open.write(b"\0" * (weight.offset - self._open.size))
-            self._open.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            self._open.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             if weight is shard.weights[-1]:
                 self._close_file()
         self._written += 1
@@ -198,8 +198,8 @@ class _HashedFile:
         self._hash = hashlib.sha256()
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115  closed by close() or abandon()
 
-    def write(self, data: bytes | np.ndarray) -> None:
-        """Append bytes, or an array of bytes."""
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes."""
         view = memoryview(data)
         for start in range(0, len(view), _PIECE):
             piece = view[start : start + _PIECE]
@@ -231,7 +231,7 @@ def _output_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _input_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+def _input_file(path: str | os.PathLike[str]) -> Iterator[io.BufferedReader]:
     """Open a file that is to be copied into the artifact."""
     try:
         file = open(path, "rb")  # noqa: SIM115  closed below

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from v4c.passes.pipeline import PassOptions
 from v4c.passes.relax.importer import Kernels
 from v4c.passes.relax.layouts import WeightSpec
 
@@ -33,5 +34,5 @@ class Target(Protocol):
     def pack(self, weight: WeightSpec, array: np.ndarray) -> np.ndarray:
         """A weight as the kernels read it: converted to its storage dtype and packed."""
 
-    def build(self, module: Any, library: Path) -> None:
+    def build(self, module: Any, library: Path, options: PassOptions) -> None:
         """Lower and compile a Relax module into a shared library."""

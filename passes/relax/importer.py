@@ -40,12 +40,13 @@ class Kernels(Protocol):
         """Shape and dtype a weight has in memory."""
 
 
+_OPAQUE = 8
+"""TVM's pattern kind of a kernel that nothing may be fused into: ours are scheduled already."""
+
+
 @dataclass(frozen=True)
 class WeightUse:
-    """A weight inside the graph being imported: its Relax parameter, and how it is packed.
-
-    `cast` notes that the graph casts the stored weight to float32; kernels do that in registers.
-    """
+    """A weight inside the graph being imported: its Relax parameter, and how it is packed."""
 
     var: Any
     spec: WeightSpec
@@ -90,8 +91,8 @@ class Importer:
         """GlobalVar of a kernel, built by `make()` the first time `key` is asked for."""
         if key not in self._kernel_vars:
             function = make()
-            name = function.attrs["global_symbol"] if "global_symbol" in (function.attrs or {}) else str(key[0])
-            self._kernel_vars[key] = self.builder.add_func(function.without_attr("global_symbol"), name)
+            function = function.without_attr("global_symbol").with_attr("op_pattern", _OPAQUE)
+            self._kernel_vars[key] = self.builder.add_func(function, str(key[0]))
         return self._kernel_vars[key]
 
     def import_main(self, name: str, bindings: Mapping[str, int] | None = None) -> ImportedFunction:
@@ -204,7 +205,7 @@ class Importer:
             return value.var
         if isinstance(value, Shape):
             raise UnsupportedError("a computed shape is used as a tensor: expected only in shape arguments")
-        return relax.const(value) if isinstance(value, np.ndarray) else value
+        return relax.const(value, str(value.dtype)) if isinstance(value, np.ndarray) else value
 
     def rows(self, x: Any, width: int) -> tuple[Any, list[Any]]:
         """``x [..., width]`` as ``[rows, width]`` and the leading dimensions it had."""

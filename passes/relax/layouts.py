@@ -98,14 +98,24 @@ def _one(
     if key == ("", "Transpose") and list(node.attributes["perm"].value) == [1, 0]:
         return (Layout.LINEAR, 1) if _feeds_matmul(node, consumers) else plain
     if key == ("", "Reshape") and index == 0:
-        shape = node.inputs[1].const_value if node.inputs[1] is not None else None
+        shape = _constant(node.inputs[1])
         transposes = consumers.get(str(node.outputs[0].name), [])
-        if shape is not None and len(shape.numpy()) == 3 and len(transposes) == 1:
+        if shape is not None and len(shape) == 3 and len(transposes) == 1:
             transpose = transposes[0][0]
             grouped = transpose.op_type == "Transpose" and list(transpose.attributes["perm"].value) == [0, 2, 1]
             if grouped and _feeds_matmul(transpose, consumers):
-                return Layout.GROUPED_LINEAR, int(shape.numpy()[0])
+                return Layout.GROUPED_LINEAR, int(shape[0])
     return plain
+
+
+def _constant(value: ir.Value | None) -> Any:
+    """The array of an initializer or Constant node, None for anything else."""
+    if value is None:
+        return None
+    node = value.producer()
+    if node is not None and node.op_type == "Constant" and "value" in node.attributes:
+        return node.attributes["value"].value.numpy()
+    return value.const_value.numpy() if value.const_value is not None else None
 
 
 def _through(node: ir.Node, consumers: Mapping[str, Any], functions: Mapping[Any, Any]) -> tuple[Layout, int]:

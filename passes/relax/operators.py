@@ -102,7 +102,7 @@ def _gather(importer: Importer, args: list[Any], attributes: dict[str, Any], out
     data, index = as_shape(args[0]), as_shape(args[1])
     if data is not None and index is not None:
         return [Shape([data[i] for i in index], scalar=index.scalar)]
-    taken = R.take(importer.tensor(args[0]), importer.tensor(args[1]), axis=attributes.get("axis", 0))
+    taken = R.take(importer.tensor(args[0]), importer.tensor(args[1]), axis=attributes.get("axis", 0), mode="clip")
     return [_float(importer, importer.builder.emit(taken))]
 
 
@@ -132,7 +132,11 @@ def _reshape(importer: Importer, args: list[Any], attributes: dict[str, Any], ou
     target = [dims[i] if isinstance(d, int) and d == 0 else d for i, d in enumerate(target)]
     if -1 in [d for d in target if isinstance(d, int)]:
         target = _infer(dims, target)
-    return [importer.builder.emit(R.reshape(importer.tensor(args[0]), [expression(d) for d in target]))]
+    return [_reshaped(importer, args[0], target)]
+
+
+def _reshaped(importer: Importer, x: Any, dims: list[Any]) -> Any:
+    return importer.builder.emit(R.reshape(importer.tensor(x), [expression(d) for d in dims]))
 
 
 def _infer(dims: list[Any], target: list[Any]) -> list[Any]:
@@ -172,7 +176,11 @@ def _unsqueeze(importer: Importer, args: list[Any], attributes: dict[str, Any], 
     shape = as_shape(args[0])
     if shape is not None and shape.scalar:
         return [Shape(shape)]
-    return [importer.builder.emit(R.expand_dims(importer.tensor(args[0]), integers(args[1])))]
+    dims, axes = dims_of(args[0]), integers(args[1])
+    rank = len(dims) + len(axes)
+    inserted = {a % rank for a in axes}
+    rest = iter(dims)
+    return [_reshaped(importer, args[0], [1 if i in inserted else next(rest) for i in range(rank)])]
 
 
 @converter("Squeeze")
@@ -180,8 +188,10 @@ def _squeeze(importer: Importer, args: list[Any], attributes: dict[str, Any], ou
     shape = as_shape(args[0])
     if shape is not None:
         return [Shape(shape, scalar=True)]
-    axes = integers(args[1]) if len(args) > 1 else None
-    return [importer.builder.emit(R.squeeze(importer.tensor(args[0]), axes))]
+    dims = dims_of(args[0])
+    axes = integers(args[1]) if len(args) > 1 else [i for i, d in enumerate(dims) if isinstance(d, int) and d == 1]
+    dropped = {a % len(dims) for a in axes}
+    return [_reshaped(importer, args[0], [d for i, d in enumerate(dims) if i not in dropped])]
 
 
 @converter("Expand")
@@ -230,7 +240,7 @@ def _arithmetic(symbolic: Callable[[Any, Any], Any], tensor: Callable[[Any, Any]
 
 def _tensor_or_shape(importer: Importer, value: Any) -> Any:
     if isinstance(value, Shape) and all(isinstance(d, int) for d in value):
-        return relax.const(np.array(value[0] if value.scalar else list(value), dtype=np.int64))
+        return relax.const(np.array(value[0] if value.scalar else list(value)), "int64")
     return importer.tensor(value)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from v4c.errors import UnsupportedError
-from v4c.passes.pipeline import relax_pipeline
+from v4c.passes.pipeline import PassOptions, relax_pipeline
 from v4c.passes.relax.layouts import WeightSpec
 
 from .lowering import CPUKernels
@@ -68,16 +68,16 @@ class CPUTarget:
     def pack(self, weight: WeightSpec, array: np.ndarray) -> np.ndarray:
         return pack(weight, array)
 
-    def build(self, module: Any, library: Path) -> None:
+    def build(self, module: Any, library: Path, options: PassOptions) -> None:
         from tvm import relax
         from tvm import target as tvm_target
 
-        options: dict[str, Any] = {"kind": "llvm", "num-cores": os.cpu_count() or 1}
+        described: dict[str, Any] = {"kind": "llvm", "num-cores": os.cpu_count() or 1}
         if self.level != "generic":
-            options["mcpu"] = self.level
+            described["mcpu"] = self.level
         if self.level == "x86-64-v4":
             # LLVM's default for the level splits 512-bit vectors in two; the kernels are written for whole ones.
-            options["mattr"] = ["-prefer-256-bit"]
-        target = tvm_target.Target(options)
-        executable = relax.build(module, target=target, relax_pipeline=relax_pipeline(target))
+            described["mattr"] = ["-prefer-256-bit"]
+        target = tvm_target.Target(described)
+        executable = relax.build(module, target=target, relax_pipeline=relax_pipeline(target, options))
         executable.export_library(str(library))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,7 +29,7 @@ def spec(*shape: int | str, dtype: str = "float32") -> TensorSpec:
     return TensorSpec(shape, dtype)
 
 
-def build_model(op: CustomOp, specs: Mapping[str, TensorSpec], attributes: Mapping[str, int | float]) -> onnx.ModelProto:
+def build_model(op: CustomOp, specs: Mapping[str, TensorSpec], attributes: Mapping[str, Any]) -> onnx.ModelProto:
     """A model of one node of `op`, checked: inputs by their names, outputs as ``<name>_out``, as in the op's schema."""
     inputs = [specs[name] for name in op.inputs]
     outputs = op.shape_rule(inputs, attributes)

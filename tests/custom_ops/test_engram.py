@@ -21,7 +21,7 @@ from v4c.custom_ops.engram_gate_conv import ENGRAM_GATE_CONV, engram_gate_conv
 from v4c.custom_ops.engram_hash import ENGRAM_HASH, engram_hash
 from v4c.custom_ops.engram_lookup import ENGRAM_LOOKUP, engram_lookup
 
-from .harness import OnnxOp, new_session, spec
+from tests.custom_ops.harness import OnnxOp, spec
 
 VOCAB = 13
 EPS = 1e-6
@@ -53,9 +53,10 @@ class Sizes:
 
 @st.composite
 def sizes(draw: st.DrawFn) -> Sizes:
-    upper = {"grams": (2, 4), "heads": (1, 3), "embed": (1, 4), "streams": (1, 3), "width": (1, 6)}
-    drawn = {name: draw(st.integers(*bounds), name) for name, bounds in upper.items()}
-    return Sizes(**drawn, taps=draw(st.integers(2, 4)), dilation=draw(st.integers(1, 4)), pad_id=draw(st.integers(0, 3)))
+    bounds = {"grams": (2, 4), "heads": (1, 3), "embed": (1, 4), "streams": (1, 3), "width": (1, 6)}
+    bounds |= {"taps": (2, 4), "dilation": (1, 4), "pad_id": (0, 3)}
+    drawn = {name: draw(st.integers(low, high), name) for name, (low, high) in bounds.items()}
+    return Sizes(**drawn)
 
 
 @st.composite
@@ -70,6 +71,8 @@ def make_weights(rng: np.random.Generator, z: Sizes) -> Arrays:
     """Weights of a layer; multipliers use all 64 bits, so that products overflow."""
     primes = rng.choice([3, 5, 7, 11, 13, 17, 19, 23, 29], z.addresses, replace=False)
     md = z.streams * z.width
+    # Some streams barely see the keys, or not at all: their gates lie where s(x) is flat, or at sign(0).
+    key_scale = rng.choice([1.0, 1e-4, 1e-8, 0.0], (z.streams, 1), p=[0.55, 0.15, 0.2, 0.1])
     return {
         "lookup": rng.integers(0, VOCAB, VOCAB),
         "multipliers": rng.integers(-(2**63), 2**63 - 1, z.grams) | 1,
@@ -78,7 +81,7 @@ def make_weights(rng: np.random.Generator, z: Sizes) -> Arrays:
         "table": rng.normal(size=(primes.sum(), z.embed)),
         "key_proj": rng.normal(size=(z.streams, z.width, z.addresses * z.embed)),
         "value_proj": rng.normal(size=(z.width, z.addresses * z.embed)),
-        "key_norm": rng.normal(size=(z.streams, z.width)),
+        "key_norm": rng.normal(size=(z.streams, z.width)) * key_scale,
         "stream_norm": rng.normal(size=(z.streams, z.width)),
         "conv_norm": rng.normal(size=(z.streams, z.width)),
         "conv_weight": rng.normal(size=(md, z.taps)),
@@ -124,10 +127,9 @@ def reference_layer(w: Arrays, z: Sizes, text: np.ndarray, streams: np.ndarray) 
             gated = value / (1 + np.exp(-x))
             out[t, i] = streams[t, i] + gated
             rows[t, i * z.width : (i + 1) * z.width] = rms(gated) * w["conv_norm"][i]
+        conv = np.zeros(z.streams * z.width)
         for j in range(z.taps):
             back = t - (z.taps - 1 - j) * z.dilation
-            if j == 0:
-                conv = np.zeros(z.streams * z.width)
             if back >= 0:
                 conv = conv + w["conv_weight"][:, j] * rows[back]
         out[t] += (conv / (1 + np.exp(-conv))).reshape(z.streams, z.width)
@@ -249,16 +251,16 @@ def check_against_reference(
             np.testing.assert_allclose(conv_state[b, t % z.conv_rows], rows[t], rtol=tolerance, atol=tolerance)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=100)
 @given(sizes(), schedules(), seeds)
 def test_torch_chunks_match_the_reference(z: Sizes, schedule: tuple[int, list[list[int]]], seed: int) -> None:
     check_against_reference(z, *schedule, seed, in_onnx=False, dtype=np.float64, tolerance=1e-8)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=100)
 @given(sizes(), schedules(), seeds)
 def test_onnx_chunks_match_the_reference(z: Sizes, schedule: tuple[int, list[list[int]]], seed: int) -> None:
-    # s(x) multiplies rounding near zero by up to 500, and by sign flips below 1e-6.
+    # s(x) multiplies rounding near zero by up to 500.
     check_against_reference(z, *schedule, seed, in_onnx=True, dtype=np.float32, tolerance=2e-3)
 
 
@@ -300,49 +302,6 @@ def test_lookup_concatenates_rows_in_float32(dtype: str) -> None:
     }
     (in_onnx,) = onnx_lookup(3, 4, dtype).session.run_with_ort_values(None, feeds)
     np.testing.assert_array_equal(in_onnx.numpy(), expected.numpy())
-
-
-def decode_steps(op: OnnxOp, session: ort.InferenceSession, inputs: Arrays, state: str, shared: bool) -> list[np.ndarray]:
-    """Six calls that carry `state`; with `shared` its past and present are one buffer. All outputs of all calls."""
-    past = ort.OrtValue.ortvalue_from_numpy(inputs[state].copy())
-    seen = []
-    for step in range(6):
-        binding = session.io_binding()
-        feeds = {**inputs, "positions": inputs["positions"] + step * inputs["lengths"]}
-        for name in op.op.inputs:
-            value = past if name == state else ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(feeds[name]))
-            binding.bind_ortvalue_input(name, value)
-        present = past if shared else ort.OrtValue.ortvalue_from_numpy(np.zeros_like(inputs[state]))
-        first, second = (f"{name}_out" for name in op.op.outputs)
-        binding.bind_output(first)
-        binding.bind_ortvalue_output(second, present)
-        session.run_with_iobinding(binding)
-        seen += [binding.get_outputs()[0].numpy().copy(), present.numpy().copy()]
-        past = present
-    return seen
-
-
-@pytest.mark.parametrize("optimize", [False, True])
-@pytest.mark.parametrize("parallel", [False, True])
-@pytest.mark.parametrize("chunk", [1, 2, 7])
-def test_one_buffer_for_past_and_present(optimize: bool, parallel: bool, chunk: int) -> None:
-    z = Sizes(grams=3, heads=2, embed=2, streams=2, width=4, taps=4, dilation=3, pad_id=1)
-    rng = np.random.default_rng(chunk)
-    w = make_weights(rng, z)
-    at = {"positions": np.array([0, 5]), "lengths": np.array([chunk, chunk - 1])}
-    grid = (2, chunk, z.streams, z.width)
-    hash_inputs = {"input_ids": rng.integers(0, VOCAB, (2, chunk)), "history": rng.integers(0, VOCAB, (2, 2)), **at}
-    hash_inputs |= {n: w[n] for n in ("lookup", "multipliers", "primes", "offsets")}
-    conv_inputs = {"keys": rng.normal(size=grid), "value": rng.normal(size=(2, chunk, z.width))}
-    conv_inputs |= {n: w[n] for n in ("key_norm", "stream_norm", "conv_norm", "conv_weight")}
-    conv_inputs |= {"streams": rng.normal(size=grid), "conv_state": rng.normal(size=(2, 9, 8))}
-    conv_inputs = {n: a.astype(np.float32) for n, a in conv_inputs.items()} | at
-    hash_case, conv_case = (onnx_hash(1), hash_inputs, "history"), (onnx_gate_conv(3), conv_inputs, "conv_state")
-    for op, inputs, state in (hash_case, conv_case):
-        session = new_session(op.model, optimize, parallel)
-        apart = decode_steps(op, session, inputs, state, shared=False)
-        for one, two in zip(decode_steps(op, session, inputs, state, shared=True), apart, strict=True):
-            np.testing.assert_array_equal(one, two)
 
 
 def test_torch_ops_are_pure_and_declare_their_shapes() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -14,7 +15,7 @@ from onnx import TensorProto
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 from v4c.custom_ops.grouped_experts import GROUPED_EXPERTS, grouped_experts
 
-from .harness import OnnxOp, spec
+from tests.custom_ops.harness import OnnxOp, spec
 
 seeds = st.integers(0, 2**32 - 1)
 limits = st.sampled_from([0.5, 10.0])
@@ -69,12 +70,12 @@ def onnx_experts(limit: float, dtype: str = "float32") -> OnnxOp:
     return OnnxOp(GROUPED_EXPERTS, specs, limit=limit)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=60)
 @given(seeds, shapes(), limits)
 def test_matches_transformers(seed: int, shape: tuple[int, ...], limit: float) -> None:
     _, _, d, e, k, f = shape
     inputs = make(seed, shape)
-    config = SimpleNamespace(
+    config: Any = SimpleNamespace(
         num_local_experts=e,
         hidden_size=d,
         intermediate_size=f,
@@ -89,7 +90,7 @@ def test_matches_transformers(seed: int, shape: tuple[int, ...], limit: float) -
     torch.testing.assert_close(grouped_experts(**inputs, limit=limit).flatten(0, 1), flat, rtol=1e-5, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=100)
 @given(seeds, shapes(), limits, st.floats(0, 1))
 def test_matches_numpy_with_missing_choices(seed: int, shape: tuple[int, ...], limit: float, missing: float) -> None:
     inputs = make(seed, shape, torch.float64)
@@ -101,7 +102,7 @@ def test_matches_numpy_with_missing_choices(seed: int, shape: tuple[int, ...], l
     np.testing.assert_allclose(onnx_experts(limit)(single)[0], expected, rtol=1e-4, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=60)
 @given(seeds, shapes(), st.data())
 def test_unchosen_experts_are_never_touched(seed: int, shape: tuple[int, ...], data: st.DataObject) -> None:
     inputs = make(seed, shape)
@@ -117,7 +118,7 @@ def test_unchosen_experts_are_never_touched(seed: int, shape: tuple[int, ...], d
     np.testing.assert_allclose(onnx_experts(10.0)(inputs)[0], expected, rtol=1e-4, atol=1e-4)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=30)
 @given(seeds, shapes(), st.sampled_from(["bfloat16", "float16"]))
 def test_narrow_weights_are_widened_exactly(seed: int, shape: tuple[int, ...], dtype: str) -> None:
     inputs = make(seed, shape)

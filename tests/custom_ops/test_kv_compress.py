@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.custom_ops.harness import OnnxOp, plans, spec, to_torch
 from v4c.custom_ops import OPS
+
+from tests.custom_ops.harness import OnnxOp, plans, spec, to_torch
 from v4c.errors import InputError
 
 OP = OPS["KVCompress"]
@@ -75,7 +76,9 @@ def naive_row(kv: list[np.ndarray], gate: list[np.ndarray], window: int, params:
             t = (window - (halves - 1) + part) * ratio + i
             if t >= 0:
                 columns = slice(part * WIDTH, (part + 1) * WIDTH)
-                slots.append((kv[t][columns].astype(float), gate[t][columns].astype(float) + params["bias"][i, columns]))
+                slots.append(
+                    (kv[t][columns].astype(float), gate[t][columns].astype(float) + params["bias"][i, columns])
+                )
     y = np.zeros(WIDTH)
     for c in range(WIDTH):
         share = np.exp([g[c] for _, g in slots])
@@ -98,7 +101,9 @@ def check_stream(run: Run, plan: list[tuple[int, np.ndarray]], halves: int, rati
     for chunk, lengths in plan:
         positions = np.array([len(row) for row in tokens["kv"]])
         new = chunk_inputs(rng, batch, chunk, halves)
-        state = dict(zip(STATE, run({**params, **new, **state, "positions": positions, "lengths": lengths}), strict=True))
+        state = dict(
+            zip(STATE, run({**params, **new, **state, "positions": positions, "lengths": lengths}), strict=True)
+        )
         expected = garbage_state(batch, halves, ratio)
         for b in range(batch):
             for name in ("kv", "gate"):
@@ -135,7 +140,13 @@ def test_chunked_equals_one_shot(kind: tuple[int, int], step: int) -> None:
     halves, ratio = kind
     rng = np.random.default_rng(step)
     params, tokens = weights(rng, halves, ratio), chunk_inputs(rng, 1, 17, halves)
-    once = {**params, **tokens, **garbage_state(1, halves, ratio), "positions": np.array([0]), "lengths": np.array([17])}
+    once = {
+        **params,
+        **tokens,
+        **garbage_state(1, halves, ratio),
+        "positions": np.array([0]),
+        "lengths": np.array([17]),
+    }
     expected = torch_run(ratio)(once)
     state = garbage_state(1, halves, ratio)
     for start in range(0, 17, step):

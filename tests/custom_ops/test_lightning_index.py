@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.custom_ops.harness import OnnxOp, spec, to_torch
 from v4c.custom_ops import OPS
+
+from tests.custom_ops.harness import OnnxOp, spec, to_torch
 
 OP = OPS["LightningIndex"]
 HEADS, WIDTH = 2, 3
@@ -79,7 +80,10 @@ def test_all_scores_equal_gives_the_first_rows_in_order() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_ready_before_the_first_window_ends(kind: tuple[int, int]) -> None:
-    inputs = make(0, 2, 1, kind[0], 3) | {"positions": np.array([0, 0]), "lengths": np.array([0, 1 if kind[0] > 1 else 0])}
+    inputs = make(0, 2, 1, kind[0], 3) | {
+        "positions": np.array([0, 0]),
+        "lengths": np.array([0, 1 if kind[0] > 1 else 0]),
+    }
     inputs["index_rows"][:] = np.nan
     for out in (OP.torch_op(*to_torch(inputs, OP), *kind).numpy(), ONNX[kind](inputs)[0]):
         assert (out == -1).all()
@@ -89,17 +93,16 @@ def test_nothing_is_ready_before_the_first_window_ends(kind: tuple[int, int]) ->
 def test_blocks_of_tokens_do_not_change_the_result() -> None:
     rng = np.random.default_rng(3)
     tokens, rows = 700, 4000  # 700 * 2 * 4000 scores are more than one block
-    q, keys = torch.from_numpy(rng.integers(-9, 10, (1, tokens, 2, 3))), rng.integers(-9, 10, (1, rows, 3))
-    weights = torch.from_numpy(rng.integers(-9, 10, (1, tokens, 2)))
-    span = torch.tensor([4 * rows]), torch.tensor([tokens])
-    keys = torch.nn.functional.pad(torch.from_numpy(keys), (0, 0, 0, tokens // 4))
-    whole = OP.torch_op(q.float(), weights.float(), keys.float(), *span, 4, 6)
+    q, weights, keys = (
+        torch.from_numpy(rng.integers(-9, 10, shape).astype(np.float32))
+        for shape in ((1, tokens, HEADS, WIDTH), (1, tokens, HEADS), (1, rows + tokens // 4, WIDTH))
+    )
+    start = torch.tensor([4 * rows])
+    whole = OP.torch_op(q, weights, keys, start, torch.tensor([tokens]), 4, 6)
     for token in (0, 262, 263, 524, 525, 699):
         one = slice(token, token + 1)
-        alone = OP.torch_op(
-            q[:, one].float(), weights[:, one].float(), keys.float(), span[0] + token, torch.tensor([1]), 4, 6
-        )
-        torch.testing.assert_close(whole[:, one], alone, rtol=0, atol=0)
+        alone = OP.torch_op(q[:, one], weights[:, one], keys, start + token, torch.tensor([1]), 4, 6)
+        assert torch.equal(whole[:, one], alone)
 
 
 def test_torch_op_is_pure_and_its_fake_agrees() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from v4c.custom_ops.mhc_head import MHC_HEAD, mhc_head
 from v4c.custom_ops.mhc_post import MHC_POST, mhc_post
 from v4c.custom_ops.mhc_pre import MHC_PRE, mhc_pre
 
-from .harness import OnnxOp, spec
+from tests.custom_ops.harness import OnnxOp, spec
 
 NORM_EPS = 1e-6
 seeds = st.integers(0, 2**32 - 1)
@@ -35,10 +38,9 @@ def make_pre(seed: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float
     return [streams.to(dtype), fn, base, torch.rand(3, generator=g, dtype=dtype) + 0.5]
 
 
-def numpy_pre(
-    streams: np.ndarray, fn: np.ndarray, base: np.ndarray, scale: np.ndarray, iterations: int, eps: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def numpy_pre(inputs: Sequence[torch.Tensor], iterations: int, eps: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Token by token, stream by stream."""
+    streams, fn, base, scale = (t.numpy() for t in inputs)
     b, s, m, d = streams.shape
     collapsed, post, comb = np.zeros((b, s, d)), np.zeros((b, s, m)), np.zeros((b, s, m, m))
     for i, j in np.ndindex(b, s):
@@ -65,9 +67,8 @@ def onnx_pre(iterations: int, hc_eps: float) -> OnnxOp:
 
 @cache
 def onnx_post() -> OnnxOp:
-    streams = spec("B", "S", "M", "D")
-    specs = {"x": spec("B", "S", "D"), "streams": streams, "post": spec("B", "S", "M"), "comb": spec("B", "S", "M", "M")}
-    return OnnxOp(MHC_POST, specs)
+    shapes = {"x": "BSD", "streams": "BSMD", "post": "BSM", "comb": "BSMM"}
+    return OnnxOp(MHC_POST, {name: spec(*dims) for name, dims in shapes.items()})
 
 
 @cache
@@ -76,19 +77,18 @@ def onnx_head(hc_eps: float) -> OnnxOp:
     return OnnxOp(MHC_HEAD, specs, hc_eps=hc_eps, norm_eps=NORM_EPS)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=100)
 @given(seeds, shapes, iteration_counts, hc_epsilons)
 def test_pre_matches_transformers(seed: int, shape: tuple[int, ...], iterations: int, hc_eps: float) -> None:
     streams, fn, base, scale = make_pre(seed, shape)
-    theirs = DeepseekV4HyperConnection(
-        SimpleNamespace(
-            hc_mult=shape[2],
-            hidden_size=shape[3],
-            hc_sinkhorn_iters=iterations,
-            hc_eps=hc_eps,
-            rms_norm_eps=NORM_EPS,
-        )
+    config: Any = SimpleNamespace(
+        hc_mult=shape[2],
+        hidden_size=shape[3],
+        hc_sinkhorn_iters=iterations,
+        hc_eps=hc_eps,
+        rms_norm_eps=NORM_EPS,
     )
+    theirs = DeepseekV4HyperConnection(config)
     theirs.load_state_dict({"fn": fn, "base": base, "scale": scale})
     with torch.no_grad():
         post, comb, collapsed = theirs(streams)
@@ -97,17 +97,17 @@ def test_pre_matches_transformers(seed: int, shape: tuple[int, ...], iterations:
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=100)
 @given(seeds, shapes, iteration_counts, hc_epsilons)
 def test_pre_matches_numpy_in_float64(seed: int, shape: tuple[int, ...], iterations: int, hc_eps: float) -> None:
     inputs = make_pre(seed, shape, torch.float64)
     ours = mhc_pre(*inputs, iterations, hc_eps, NORM_EPS)
-    expected = numpy_pre(*(t.numpy() for t in inputs), iterations, hc_eps)
+    expected = numpy_pre(inputs, iterations, hc_eps)
     for got, want in zip(ours, expected, strict=True):
         np.testing.assert_allclose(got.numpy(), want, rtol=1e-11, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=100)
 @given(seeds, shapes, iteration_counts, hc_epsilons)
 def test_pre_in_onnx_matches_torch(seed: int, shape: tuple[int, ...], iterations: int, hc_eps: float) -> None:
     inputs = make_pre(seed, shape)
@@ -116,7 +116,7 @@ def test_pre_in_onnx_matches_torch(seed: int, shape: tuple[int, ...], iterations
         np.testing.assert_allclose(found, want.numpy(), rtol=1e-5, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=60)
 @given(seeds, shapes)
 def test_comb_is_doubly_stochastic(seed: int, shape: tuple[int, ...]) -> None:
     _, _, comb = mhc_pre(*make_pre(seed, shape, torch.float64), 500, 1e-9, NORM_EPS)
@@ -130,13 +130,13 @@ def test_number_of_iterations_matters() -> None:
     inputs = make_pre(0, (1, 2, 4, 8))
     combs = [mhc_pre(*inputs, n, 1e-6, NORM_EPS)[2] for n in (1, 2, 3)]
     in_onnx = [onnx_pre(n, 1e-6)(dict(zip(MHC_PRE.inputs, inputs, strict=True)))[2] for n in (1, 2, 3)]
-    for few, more in zip(combs, combs[1:], strict=False):
+    for few, more in pairwise(combs):
         assert (few - more).abs().max() > 1e-3
-    for few, more in zip(in_onnx, in_onnx[1:], strict=False):
+    for few, more in pairwise(in_onnx):
         assert np.abs(few - more).max() > 1e-3
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=60)
 @given(seeds, shapes)
 def test_post_matches_its_formula(seed: int, shape: tuple[int, ...]) -> None:
     b, s, m, d = shape
@@ -154,15 +154,14 @@ def test_post_matches_its_formula(seed: int, shape: tuple[int, ...]) -> None:
     np.testing.assert_allclose(onnx_post()(feeds)[0], expected, rtol=1e-5, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=60)
 @given(seeds, shapes, hc_epsilons)
 def test_head_matches_transformers(seed: int, shape: tuple[int, ...], hc_eps: float) -> None:
     m = shape[2]
     streams, fn, base, scale = make_pre(seed, shape)
     inputs = [streams, fn[:m].contiguous(), base[:m].contiguous(), scale[:1].contiguous()]
-    theirs = DeepseekV4HyperHead(
-        SimpleNamespace(hc_mult=m, hidden_size=shape[3], hc_eps=hc_eps, rms_norm_eps=NORM_EPS)
-    )
+    config: Any = SimpleNamespace(hc_mult=m, hidden_size=shape[3], hc_eps=hc_eps, rms_norm_eps=NORM_EPS)
+    theirs = DeepseekV4HyperHead(config)
     theirs.load_state_dict(dict(zip(("hc_fn", "hc_base", "hc_scale"), inputs[1:], strict=True)))
     with torch.no_grad():
         expected = theirs(streams)
@@ -171,13 +170,13 @@ def test_head_matches_transformers(seed: int, shape: tuple[int, ...], hc_eps: fl
     np.testing.assert_allclose(in_onnx, expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=50)
 @given(seeds, shapes, hc_epsilons)
 def test_head_is_the_collapse_of_pre_in_float64(seed: int, shape: tuple[int, ...], hc_eps: float) -> None:
     m = shape[2]
     inputs = make_pre(seed, shape, torch.float64)
     streams, fn, base, scale = inputs
-    expected, _, _ = numpy_pre(*(t.numpy() for t in inputs), 1, hc_eps)
+    expected, _, _ = numpy_pre(inputs, 1, hc_eps)
     got = mhc_head(streams, fn[:m], base[:m], scale[:1], hc_eps, NORM_EPS)
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-11, atol=1e-12)
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.custom_ops.harness import OnnxOp, spec, to_torch
 from v4c.custom_ops import OPS
+
+from tests.custom_ops.harness import OnnxOp, spec, to_torch
 
 OP = OPS["TrailingRope"]
 SPECS = {
@@ -38,14 +39,17 @@ def naive(x: np.ndarray, positions: np.ndarray, inv_freq: np.ndarray, sign: floa
     return out
 
 
-cases = st.builds(make, st.integers(0, 2**32), st.integers(1, 3), st.integers(1, 6), st.integers(1, 3), st.integers(1, 5))
+cases = st.builds(
+    make, st.integers(0, 2**32), st.integers(1, 3), st.integers(1, 6), st.integers(1, 3), st.integers(1, 5)
+)
 
 
 @settings(deadline=None, max_examples=30)
 @given(cases, st.sampled_from([1.0, -1.0]))
 def test_rotates_each_trailing_pair(inputs: dict[str, np.ndarray], sign: float) -> None:
     arguments = to_torch(inputs, OP)
-    expected = naive(*(t.numpy() for t in arguments), sign)
+    x, positions, inv_freq = (t.numpy() for t in arguments)
+    expected = naive(x, positions, inv_freq, sign)
     np.testing.assert_allclose(OP.torch_op(*arguments, sign), expected, atol=1e-12)
     # The angle itself is float32 in the model: at position 5000 its spacing is 5e-4.
     np.testing.assert_allclose(ONNX[sign](inputs)[0], expected, atol=2e-3)

@@ -16,7 +16,7 @@ from tvm.script import tirx as T
 
 from .common import VECTOR
 from .packing import PANEL, panels
-from .panel_product import ROW_BLOCK, VECTORS, panel_product, sums_per_output
+from .panel_product import ROW_BLOCK, VECTORS, panel_product, row_blocks, sums_per_output
 
 K_BLOCK = 1024
 """Columns per reduction block: 128 KiB of a float32 panel, which stays in a core's L2 cache."""
@@ -113,16 +113,13 @@ def projection(groups: int, n: int, k: int) -> Callable:
         for task in T.parallel((rows + (rows_per_task - 1)) // rows_per_task * total):
             first: T.int64 = task // total * rows_per_task
             height: T.int64 = T.min(rows - first, rows_per_task)
-            full: T.int64 = height // ROW_BLOCK * ROW_BLOCK
             panel: T.int64 = task % total
             for reduction in range(T.int64(-(-k // K_BLOCK))):
-                for i in range(height // ROW_BLOCK):
-                    block(x, weight, y, panel, reduction * K_BLOCK, first + i * ROW_BLOCK, ROW_BLOCK)
-                if height % 8 >= 4:
-                    block(x, weight, y, panel, reduction * K_BLOCK, first + full, 4)
-                if height % 4 >= 2:
-                    block(x, weight, y, panel, reduction * K_BLOCK, first + height // 4 * 4, 2)
-                if height % 2 == 1:
-                    block(x, weight, y, panel, reduction * K_BLOCK, first + height - 1, 1)
+
+                @T.inline
+                def rows_of_panel(row, size):
+                    block(x, weight, y, panel, reduction * K_BLOCK, row, size)
+
+                row_blocks(rows_of_panel, first, height)
 
     return project

@@ -53,3 +53,16 @@ def panel_product(sums, x, row_at, weight, panel, start, stop, rows, unroll):
         for u in T.unroll(unroll - 1):
             for v in T.vectorized(VECTOR):
                 sums[a, v] = sums[a, v] + sums[(u + 1) * rows * VECTORS + a, v]
+
+
+@T.macro
+def row_blocks(block, first, count):
+    """Call ``block(row, height)`` over `count` rows from `first`: blocks of `ROW_BLOCK`, then of 4, 2 and 1."""
+    for i in range(count // ROW_BLOCK):
+        block(first + i * ROW_BLOCK, ROW_BLOCK)
+    if count % 8 >= 4:
+        block(first + count // 8 * 8, 4)
+    if count % 4 >= 2:
+        block(first + count // 4 * 4, 2)
+    if count % 2 == 1:
+        block(first + count - 1, 1)

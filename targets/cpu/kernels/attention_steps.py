@@ -1,0 +1,172 @@
+"""The steps of attention over shared key/value rows, for one token and one block of heads.
+
+Rows are copied in panels that stay in L2; a panel serves all heads of the block: scores by an outer product over (row,
+head) tiles, an online softmax with one head per lane, then the weighted sum over (head, column) tiles. The scratch is
+independent of how many rows there are. The steps are inlined into the kernels of `attention`.
+"""
+
+# mypy: ignore-errors
+# (TVMScript: names and loops below are parsed by TVM, not run by Python.)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm.script import tirx as T
+
+from .common import vector_width
+from .vector_math import exp
+
+PANEL = 64
+"""Rows per panel: 128 KiB at the published width of 512."""
+_ROW_TILE = 16  # rows whose scores are accumulated at once: 16 vectors of heads, half of AVX-512's registers
+_HEAD_TILE = 4  # heads times column vectors of the weighted sum: 16 accumulators for 8 loads
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How heads and columns are cut: every number divides the one it cuts."""
+
+    heads: int
+    width: int
+    head_block: int
+    """Heads of one work item; also the lanes of the scores and of the softmax."""
+    head_tile: int
+    lanes: int
+    vectors: int
+    """Column vectors per tile of the weighted sum."""
+
+    @property
+    def blocks(self) -> int:
+        """Work items per token."""
+        return self.heads // self.head_block
+
+    @property
+    def pitch(self) -> int:
+        """Floats from one panel row to the next: off a power of two, so that rows spread over all L1 sets."""
+        return self.width + 16
+
+
+def tiles(heads: int, width: int) -> Tiles:
+    """Blocks of up to 16 heads, at least two of them where the heads allow, so that one token feeds two threads."""
+    block = vector_width(heads)
+    if block == heads and block > 1:
+        block //= 2
+    lanes = vector_width(width)
+    return Tiles(heads, width, block, min(_HEAD_TILE, block), lanes, min(4, vector_width(width // lanes)))
+
+
+@T.inline
+def start(tile, scale, q, sinks, out, packed, peak, total, i, j, first_head):
+    """Transpose and scale the block's queries, zero its outputs, and open the softmax with the sink logit."""
+    for h in range(T.int64(tile.head_block)):
+        for c in range(T.int64(tile.width)):
+            packed[c, h] = q[i, j, first_head + h, c] * T.float32(scale)
+        for c in range(T.int64(tile.width)):
+            out[i, j, first_head + h, c] = T.float32(0)
+    for v in T.vectorized(tile.head_block):
+        peak[v] = sinks[first_head + v]
+        total[v] = T.float32(1)
+
+
+@T.inline
+def copy_row(tile, panel, r, source, i, at):
+    """``panel[r] = source[i, at]``."""
+    for c in range(T.int64(tile.width)):
+        panel[r, c] = source[i, at, c]
+
+
+@T.inline
+def copy_raw_row(tile, window_size, panel, r, kv, window, i, t, p):
+    """``panel[r]`` = the raw row of position t: from this chunk, or from the ring when it is older."""
+    if t >= p:
+        copy_row(tile, panel, r, kv, i, t - p)
+    else:
+        copy_row(tile, panel, r, window, i, t % T.int64(window_size))
+
+
+@T.inline
+def attend(tile, packed, panel, scores, peak, total, out, count, i, j, first_head):
+    """Take the panel's first `count` rows into the running softmax and the outputs."""
+    # Scores. The last tile may take in stale rows beyond `count`; their scores are never read.
+    for tile_index in range((count + T.int64(_ROW_TILE - 1)) // T.int64(_ROW_TILE)):
+        dot = T.alloc_buffer((_ROW_TILE, tile.head_block), "float32", scope="local")
+        for r in T.unroll(_ROW_TILE):
+            for v in T.vectorized(tile.head_block):
+                dot[r, v] = T.float32(0)
+        for c in range(T.int64(tile.width)):
+            for r in T.unroll(_ROW_TILE):
+                for v in T.vectorized(tile.head_block):
+                    dot[r, v] = dot[r, v] + panel[tile_index * T.int64(_ROW_TILE) + r, c] * packed[c, v]
+        for r in T.unroll(_ROW_TILE):
+            for v in T.vectorized(tile.head_block):
+                scores[tile_index * T.int64(_ROW_TILE) + r, v] = dot[r, v]
+
+    # Online softmax, one head per lane: `shrink` brings what was summed so far to the new maximum.
+    top = T.alloc_buffer((tile.head_block,), "float32", scope="local")
+    shrink = T.alloc_buffer((tile.head_block,), "float32")
+    for v in T.vectorized(tile.head_block):
+        top[v] = peak[v]
+    for r in range(count):
+        for v in T.vectorized(tile.head_block):
+            top[v] = T.max(top[v], scores[r, v])
+    for v in T.vectorized(tile.head_block):
+        shrink[v] = exp(peak[v] - top[v])
+    for v in T.vectorized(tile.head_block):
+        total[v] = total[v] * shrink[v]
+        peak[v] = top[v]
+    for r in range(count):
+        for v in T.vectorized(tile.head_block):
+            scores[r, v] = exp(scores[r, v] - top[v])
+        for v in T.vectorized(tile.head_block):
+            total[v] = total[v] + scores[r, v]
+
+    # Weighted sum. A strip of columns stays in L1 over the heads.
+    for strip in range(T.int64(tile.width // (tile.lanes * tile.vectors))):
+        for group in range(T.int64(tile.head_block // tile.head_tile)):
+            acc = T.alloc_buffer((tile.head_tile, tile.vectors, tile.lanes), "float32", scope="local")
+            h: T.let = group * T.int64(tile.head_tile)
+            c: T.let = strip * T.int64(tile.lanes * tile.vectors)
+            for a in T.unroll(tile.head_tile):
+                for u in T.unroll(tile.vectors):
+                    for v in T.vectorized(tile.lanes):
+                        acc[a, u, v] = out[i, j, first_head + h + a, c + u * tile.lanes + v] * shrink[h + a]
+            for r in range(count):
+                for a in T.unroll(tile.head_tile):
+                    for u in T.unroll(tile.vectors):
+                        for v in T.vectorized(tile.lanes):
+                            acc[a, u, v] = acc[a, u, v] + scores[r, h + a] * panel[r, c + u * tile.lanes + v]
+            for a in T.unroll(tile.head_tile):
+                for u in T.unroll(tile.vectors):
+                    for v in T.vectorized(tile.lanes):
+                        out[i, j, first_head + h + a, c + u * tile.lanes + v] = acc[a, u, v]
+
+
+@T.inline
+def finish(tile, total, out, i, j, first_head):
+    """Divide the outputs by the softmax's denominator."""
+    inverse = T.alloc_buffer((tile.head_block,), "float32")
+    for v in T.vectorized(tile.head_block):
+        inverse[v] = T.float32(1) / total[v]
+    for h in range(T.int64(tile.head_block)):
+        for c in range(T.int64(tile.width)):
+            out[i, j, first_head + h, c] = out[i, j, first_head + h, c] * inverse[h]
+
+
+@T.inline
+def zero(tile, out, i, j, first_head):
+    """Outputs of a padding token."""
+    for h in range(T.int64(tile.head_block)):
+        for c in range(T.int64(tile.width)):
+            out[i, j, first_head + h, c] = T.float32(0)
+
+
+@T.inline
+def write_window(tile, window_size, kv, window, positions, lengths, batch):
+    """The live rows of the chunk into the ring, slot = position mod window; only the last `window_size` matter."""
+    for i in range(batch):
+        live: T.let = T.min(lengths[i], T.int64(window_size))
+        for a in range(live):
+            j: T.let = lengths[i] - live + a
+            for c in range(T.int64(tile.width)):
+                window[i, (positions[i] + j) % T.int64(window_size), c] = kv[i, j, c]

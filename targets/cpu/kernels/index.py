@@ -1,0 +1,152 @@
+"""LightningIndex on the CPU: score every finished index row against a token's index heads and keep the best k.
+
+A token's queries are transposed so that heads are lanes: a row's element is broadcast against vectors of heads, which
+needs no sum over lanes until the heads are weighted. Candidates go through a bounded buffer (`selection`), so the
+scratch does not grow with the number of rows. With few tokens, the rows are cut into ranges for the threads.
+"""
+
+# mypy: ignore-errors
+# (TVMScript: names and loops below are parsed by TVM, not run by Python.)
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
+
+from .selection import LOWEST_KEY, buffer_size, key, prune, push, write_ranked
+from .vector_math import tree_sum
+
+_LANES = 16
+_ITEMS = 16  # work items to make from few tokens: enough for the threads of a desktop, few enough to merge quickly
+_RANGE_ROWS = 512  # below this a range is not worth another transposition of the queries
+_ACCUMULATORS = 24  # vectors of AVX-512's 32 registers
+
+
+@T.inline
+def score_rows(tile, vectors, groups, width, packed, weights, index_rows, i, first, scores, scale):
+    """``scores[r]`` of rows ``first + r``, r < tile: the weighted sum over heads of relu(q . k)."""
+    sums = T.alloc_buffer((tile, _LANES), "float32", scope="local")
+    for r in T.unroll(tile):
+        for v in T.vectorized(_LANES):
+            sums[r, v] = T.float32(0)
+    for group in range(T.int64(groups)):
+        dot = T.alloc_buffer((tile, vectors, _LANES), "float32", scope="local")
+        for r in T.unroll(tile):
+            for u in T.unroll(vectors):
+                for v in T.vectorized(_LANES):
+                    dot[r, u, v] = T.float32(0)
+        for d in range(T.int64(width)):
+            for r in T.unroll(tile):
+                for u in T.unroll(vectors):
+                    for v in T.vectorized(_LANES):
+                        dot[r, u, v] = (
+                            dot[r, u, v] + index_rows[i, first + r, d] * packed[group, d, u * T.int64(_LANES) + v]
+                        )
+        for r in T.unroll(tile):
+            for u in T.unroll(vectors):
+                for v in T.vectorized(_LANES):
+                    sums[r, v] = (
+                        sums[r, v] + T.max(dot[r, u, v], T.float32(0)) * weights[group, u * T.int64(_LANES) + v]
+                    )
+    for r in T.unroll(tile):
+        scores[r] = tree_sum([sums[r, v] for v in range(_LANES)]) * T.float32(scale)
+
+
+def lightning_index(heads: int, width: int, ratio: int, top_k: int) -> PrimFunc:
+    """The `top_k` best finished rows per token by ``sum_h w_h * relu(q_h . k)`` (V4 paper, section 2.2.1).
+
+    Arguments of the PrimFunc: q ``[B, S, heads, width]``, weights ``[B, S, heads]``, index_rows ``[B, N, width]``
+    float32, positions, lengths ``[B]`` int64, out ``[B, S, top_k]`` int64. The token at position t sees rows
+    ``w < (t + 1) // ratio``, of which there must be fewer than 2^32; only those are read. Rows are in descending order
+    of score, ties to the smaller row, then -1; a padding token gets -1 throughout.
+    """
+    scale = float(width**-0.5 * heads**-0.5)
+    head_vectors = -(-heads // _LANES)
+    vectors = max(u for u in (1, 2, 3, 4) if head_vectors % u == 0)
+    groups = head_vectors // vectors
+    tile = _ACCUMULATORS // vectors
+
+    @T.prim_func(private=True, s_tir=True)
+    def lightning_index(
+        q_: T.handle,
+        weights_: T.handle,
+        index_rows_: T.handle,
+        positions_: T.handle,
+        lengths_: T.handle,
+        out_: T.handle,
+    ):
+        T.func_attr({"tirx.noalias": True})
+        b = T.int64()
+        s = T.int64()
+        n = T.int64()
+        q = T.match_buffer(q_, (b, s, T.int64(heads), T.int64(width)), "float32")
+        weights = T.match_buffer(weights_, (b, s, T.int64(heads)), "float32")
+        index_rows = T.match_buffer(index_rows_, (b, n, T.int64(width)), "float32")
+        positions = T.match_buffer(positions_, (b,), "int64")
+        lengths = T.match_buffer(lengths_, (b,), "int64")
+        out = T.match_buffer(out_, (b, s, T.int64(top_k)), "int64")
+
+        ranges: T.let = T.max(T.int64(_ITEMS) // (b * s), T.int64(1))
+        range_keys = T.alloc_buffer((b * s, ranges, T.int64(top_k)), "int64")
+        range_counts = T.alloc_buffer((b * s, ranges), "int64")
+        with T.attr(0, "pragma_parallel_launch_point", 1):
+            # Every n-th item to a thread: later tokens see more rows, and so cost more.
+            with T.attr(0, "pragma_parallel_stride_pattern", 1):
+                for item in T.parallel(b * s * ranges):
+                    token: T.let = item // ranges
+                    part: T.let = item % ranges
+                    i: T.let = token // s
+                    j: T.let = token % s
+                    ready: T.let = T.if_then_else(
+                        j < lengths[i], (positions[i] + j + T.int64(1)) // T.int64(ratio), T.int64(0)
+                    )
+                    range_rows: T.let = T.max((ready + ranges - T.int64(1)) // ranges, T.int64(_RANGE_ROWS))
+                    begin: T.let = T.min(part * range_rows, ready)
+                    end: T.let = T.min(begin + range_rows, ready)
+                    keys = T.alloc_buffer((T.int64(buffer_size(top_k)),), "int64")
+                    count: T.int64 = T.int64(0)
+                    threshold: T.int64 = T.int64(LOWEST_KEY)
+                    if begin < end:
+                        packed = T.alloc_buffer((groups, width, vectors * _LANES), "float32")
+                        head_weights = T.alloc_buffer((groups, vectors * _LANES), "float32")
+                        scores = T.alloc_buffer((tile,), "float32")
+                        # Heads beyond `heads` weigh nothing.
+                        for g, d, h in T.grid(T.int64(groups), T.int64(width), T.int64(vectors * _LANES)):
+                            packed[g, d, h] = T.float32(0)
+                        for g, h in T.grid(T.int64(groups), T.int64(vectors * _LANES)):
+                            head_weights[g, h] = T.float32(0)
+                        for h in range(T.int64(heads)):
+                            for d in range(T.int64(width)):
+                                packed[h // T.int64(vectors * _LANES), d, h % T.int64(vectors * _LANES)] = q[i, j, h, d]
+                            head_weights[h // T.int64(vectors * _LANES), h % T.int64(vectors * _LANES)] = weights[
+                                i, j, h
+                            ]
+                        full: T.let = (end - begin) // T.int64(tile)
+                        for step in range(full):
+                            first: T.let = begin + step * T.int64(tile)
+                            score_rows(
+                                tile, vectors, groups, width, packed, head_weights, index_rows, i, first, scores, scale
+                            )
+                            for r in range(T.int64(tile)):
+                                push(top_k, keys, count, threshold, key(scores[r], first + r))
+                        for rest in range((end - begin) % T.int64(tile)):
+                            last: T.let = begin + full * T.int64(tile) + rest
+                            score_rows(
+                                1, vectors, groups, width, packed, head_weights, index_rows, i, last, scores, scale
+                            )
+                            push(top_k, keys, count, threshold, key(scores[0], last))
+                    prune(top_k, keys, count, threshold)
+                    range_counts[token, part] = count
+                    for a in range(count):
+                        range_keys[token, part, a] = keys[a]
+        for token in T.parallel(b * s):
+            merged = T.alloc_buffer((T.int64(buffer_size(top_k)),), "int64")
+            total: T.int64 = T.int64(0)
+            limit: T.int64 = T.int64(LOWEST_KEY)
+            for part in range(ranges):
+                for a in range(range_counts[token, part]):
+                    push(top_k, merged, total, limit, range_keys[token, part, a])
+            prune(top_k, merged, total, limit)
+            write_ranked(top_k, merged, total, out, token // s, token % s)
+
+    return lightning_index

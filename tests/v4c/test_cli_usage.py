@@ -1,0 +1,163 @@
+"""The command line itself: help, exit codes, one line per error, and what is not imported."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from v4c.cli import main
+from v4c.frontend import presets
+
+V4C = Path(sys.executable).with_name("v4c")
+COMMANDS = ("presets", "init", "export", "compile", "run", "verify", "inspect")
+
+
+def invoke(*arguments: str | Path) -> Result:
+    """One call of the command line in this process."""
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def assert_one_line(result: Result, *fragments: str) -> None:
+    """Exit code 2, nothing on stdout, one line on stderr that contains the fragments."""
+    assert result.exit_code == 2, result.stderr
+    assert result.stdout == ""
+    assert result.stderr.startswith("v4c: error: ")
+    assert result.stderr.count("\n") == 1
+    for fragment in fragments:
+        assert fragment in result.stderr
+
+
+def shell(arguments: Sequence[str | Path], **options: Any) -> subprocess.CompletedProcess[str]:
+    """One call of the command line as a process of its own."""
+    command = [str(V4C), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def test_version_and_help_as_a_process() -> None:
+    version = shell(["--version"])
+    assert (version.returncode, version.stderr) == (0, "")
+    assert version.stdout.startswith("v4c 0.")
+    short, long = shell(["-h"]), shell(["--help"])
+    assert short.returncode == long.returncode == 0
+    assert short.stdout == long.stdout
+    assert all(f"  {command} " in short.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    result = invoke(command, "-h")
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"Usage: v4c {command}")
+    assert "--debug" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        ([], "Missing command"),
+        (["tune"], "No such command 'tune'"),
+        (["presets", "--wrong"], "--wrong"),
+        (["presets", "extra"], "extra"),
+        (["init", "-o", "x"], "--preset"),
+        (["init", "--preset", "v4-nano"], "-o"),
+        (["init", "--preset", "v4-nano", "--seed", "-1", "-o", "x"], "--seed"),
+        (["init", "--preset", "v4-nano", "--dtype", "f64", "-o", "x"], "--dtype"),
+        (["export", "-o", "x"], "one of -m and --preset"),
+        (["export", "-m", "x", "--preset", "v4-nano", "-o", "y"], "one of -m and --preset"),
+        (["export", "-m", "x", "--format", "gguf", "-o", "y"], "--format"),
+        (["compile", "--preset", "v4-nano", "--quant", "int3", "-o", "y"], "--quant"),
+        (["run", "x"], "one of --prompt and --tokens"),
+        (["run", "x", "--prompt", "a", "--tokens", "1"], "one of --prompt and --tokens"),
+        (["run", "x", "--tokens", "1", "--temperature", "warm"], "--temperature"),
+        (["verify", "x"], "-m"),
+        (["inspect"], "PATH"),
+    ],
+)
+def test_bad_usage_is_one_line(arguments: list[str], fragment: str) -> None:
+    assert_one_line(invoke(*arguments), fragment)
+
+
+def test_usage_errors_point_to_the_help_of_their_command() -> None:
+    assert "(see v4c export -h)" in invoke("export").stderr
+
+
+def test_debug_adds_a_traceback_before_or_after_the_command(tmp_path: Path) -> None:
+    for arguments in (["--debug", "inspect", tmp_path / "no"], ["inspect", tmp_path / "no", "--debug"]):
+        result = invoke(*arguments)
+        assert result.exit_code == 2
+        assert result.stderr.startswith("Traceback (most recent call last)")
+        assert result.stderr.splitlines()[-1].startswith("v4c: error: ")
+    assert "Traceback" not in invoke("inspect", tmp_path / "no").stderr
+
+
+def test_unexpected_exceptions_name_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets, "PRESETS", {"broken": None})
+    assert_one_line(invoke("presets"), "unexpected AttributeError", "--debug")
+    assert "--debug for" not in invoke("presets", "--debug").stderr
+
+
+def test_interrupt_in_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupting(dict):  # type: ignore[type-arg]
+        def items(self) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(presets, "PRESETS", Interrupting())
+    result = invoke("presets", "--json")
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "v4c: error: interrupted\n")
+
+
+def test_interrupted_process_leaves_nothing(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [str(V4C), "init", "--preset", "v4-mini", "-o", str(tmp_path / "mini")],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 30
+    while not any(tmp_path.glob(".*/*.safetensors")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "v4c: error: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    script = f"{V4C} presets --json | true; echo ${{PIPESTATUS[0]}}"
+    # The writer may be done before the reader has gone.
+    for _ in range(3):
+        result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+        assert result.stdout.strip() in ("0", "141")
+        assert result.stderr == ""
+
+
+def test_closed_pipe_exits_with_141() -> None:
+    process = subprocess.Popen([str(V4C), "presets"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(60) == 141
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["--version"], ["presets"], ["run", "-h"], ["compile", "-h"]])
+def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
+    probe = (
+        "import json, sys\nfrom v4c.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "print(json.dumps([name for name in ('torch', 'tvm', 'onnx', 'onnxscript', 'tvm_ffi') if name in sys.modules]))"
+    )
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == []

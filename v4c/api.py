@@ -1,0 +1,163 @@
+"""The Python face of v4c: export, compile and load. Heavy libraries are imported by the calls that need them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from v4c.errors import CheckpointError, UnsupportedError
+
+if TYPE_CHECKING:
+    from v4c.runtime.model import Model
+
+Source = Any
+"""A checkpoint folder, an ONNX file (compile only), a `ModelConfig` (random weights), or an object with ``config`` and
+``load(name, dtype)``."""
+Progress = Callable[[str, int, int], None]
+
+
+def export(
+    source: Source,
+    path: str | os.PathLike[str],
+    *,
+    format: str = "onnx",
+    dtype: str = "f32",
+    weights: bool = True,
+    all_logits: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Export a checkpoint as ONNX with v4c's custom ops, runnable by any runtime with the standard operators.
+
+    Args:
+        source: folder of a Hugging Face checkpoint, or a `ModelConfig` for random weights (seed 0).
+        path: the file to write; weights go to ``<path>.data`` beside it.
+        format: ``onnx``.
+        dtype: storage of the weight matrices: ``f32``, ``bf16`` or ``f16``; arithmetic is float32.
+        weights: False leaves the weights out: they become graph inputs.
+        all_logits: logits of every token instead of each row's last live one.
+        progress: called with (what, done, total).
+
+    Returns:
+        The path written.
+
+    Raises:
+        v4c.Error: bad input or an output that cannot be written; nothing is left behind.
+    """
+    from v4c.frontend.onnx_export import WEIGHT_DTYPES, attach_weights, build, check_destination, save
+
+    _one_of("format", format, ("onnx",))
+    _one_of("dtype", dtype, tuple(WEIGHT_DTYPES))
+    target = Path(path)
+    check_destination(target)
+    opened = _open(source, weights)
+    model = build(_config(opened), all_logits=all_logits, dtype=dtype, progress=progress)
+    if weights:
+        attach_weights(model, opened, progress)
+    save(model, target)
+    return target
+
+
+def compile(
+    source: Source,
+    path: str | os.PathLike[str],
+    *,
+    target: str = "cpu",
+    dtype: str = "f32",
+    quant: str = "none",
+    kv: str = "f32",
+    weights: bool = True,
+    disable_passes: Collection[str] = (),
+    dump_ir: str | os.PathLike[str] | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Path | dict[str, Any]:
+    """Compile a checkpoint or an exported ONNX file into an artifact folder.
+
+    Args:
+        source: folder of a checkpoint, ``.onnx`` file written by `export`, or a `ModelConfig` for random weights.
+        path: folder to create; it may exist only if empty.
+        target: ``cpu`` (this machine) or ``cpu:LEVEL`` with an x86-64 level.
+        dtype: storage of the weight matrices: ``f32`` or ``bf16``; arithmetic is float32.
+        quant: ``none``.
+        kv: storage of the caches: ``f32``.
+        weights: False builds the library alone; the artifact can be inspected, not run.
+        disable_passes: names of optional passes to leave out.
+        dump_ir: folder for the module's text after every pass.
+        dry_run: report what would be written instead of writing it.
+        progress: called with (what, done, total).
+
+    Returns:
+        The path of the artifact, or the report of a dry run.
+
+    Raises:
+        v4c.Error: bad input or an output that cannot be written; nothing is left behind.
+    """
+    from v4c.compiler import DTYPES, compile_model, plan
+
+    _one_of("dtype", dtype, tuple(DTYPES))
+    _one_of("quant", quant, ("none",))
+    _one_of("kv", kv, ("f32",))
+    opened = _open(source, weights)
+    if dry_run:
+        return plan(opened, target=target, dtype=dtype)
+    return compile_model(
+        opened,
+        Path(path),
+        target=target,
+        dtype=dtype,
+        weights=weights,
+        disable_passes=disable_passes,
+        dump_ir=None if dump_ir is None else Path(dump_ir),
+        progress=progress,
+    )
+
+
+def load(path: str | os.PathLike[str], *, threads: int | None = None, verify: str = "all") -> Model:
+    """Load an artifact for running; needs NumPy and TVM's runtime, neither torch nor a compiler.
+
+    Args:
+        path: folder of the artifact. Its library is code: load only artifacts you trust.
+        threads: worker threads; default ``V4C_NUM_THREADS`` or the processors this process may use.
+        verify: ``all`` checks every file's SHA-256, ``code`` the library and manifest only.
+
+    Raises:
+        v4c.ArtifactError: the artifact is incomplete, altered, of another version or for another machine.
+    """
+    from v4c.runtime.model import load as load_model
+
+    return load_model(path, threads=threads, verify=verify)
+
+
+def _open(source: Source, weights: bool) -> Any:
+    """The source as the driver takes it: an opened checkpoint, an ONNX source, or a config alone."""
+    from v4c.frontend.checkpoint import Checkpoint
+    from v4c.frontend.config import ModelConfig
+    from v4c.frontend.initialise import RandomCheckpoint
+
+    if isinstance(source, ModelConfig):
+        return RandomCheckpoint(source, seed=0) if weights else source
+    if not isinstance(source, str | os.PathLike):
+        return source
+    path = Path(source)
+    if path.suffix == ".onnx":
+        from v4c.compiler import OnnxSource
+
+        onnx_source = OnnxSource(path)
+        if weights and not onnx_source.has_weights:
+            raise CheckpointError(f"{path}: expected weights, found a graph without: pass weights=False (--no-weights)")
+        return onnx_source
+    checkpoint = Checkpoint.open(path)
+    if weights:
+        checkpoint.check()
+    return checkpoint
+
+
+def _config(opened: Any) -> Any:
+    return getattr(opened, "config", opened)
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UnsupportedError(f"{name} {value!r}: expected one of {', '.join(known)}")

@@ -1,0 +1,135 @@
+"""``v4c inspect``: what a checkpoint, an ONNX file or an artifact holds, as tables or JSON."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .console import bytes_text, count_text, message, new_table, print_json, print_table
+from .options import debug_option, json_option
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_CONTEXT_NAMES = {"4096": "4k", "131072": "128k", "1048576": "1M"}
+_LAYER = re.compile(r"\b\d+\b")
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@json_option
+@debug_option
+def inspect(path: Path, as_json: bool) -> None:
+    """Show what a checkpoint, ONNX file or artifact holds.
+
+    Bytes, operators, and what a token costs at contexts of 4k, 128k and 1M. Weights are not read.
+    """
+    import v4c
+
+    description = v4c.inspect(path)
+    if as_json:
+        print_json(description)
+        return
+    click.echo(f"{description['kind']} {description['path']}")
+    if "config" in description:
+        _pairs("model", _lines(description["config"]))
+    {"checkpoint": _checkpoint, "onnx": _onnx, "artifact": _artifact}[description["kind"]](description)
+    if "costs" in description:
+        _costs(description["costs"])
+    if description["problem"] is not None:
+        message(f"problem: {description['problem']}")
+
+
+def _checkpoint(description: dict[str, Any]) -> None:
+    _bytes("files", description["files"])
+    _bytes(f"{description['tensors']} tensors", description["bytes_by_part"])
+    _bytes("by dtype", description["bytes_by_dtype"])
+    _pairs("besides", {"tokenizer": _text(description["tokenizer"]), "unused": _text(description["unused_tensors"])})
+
+
+def _onnx(description: dict[str, Any]) -> None:
+    weights = description["weights"]
+    keys = ("producer", "ir_version", "opsets")
+    _pairs("file", {key: _text(description[key]) for key in keys} | {"weights stored": _text(weights["stored"])})
+    for key, title in (("custom_ops", "custom ops"), ("standard_ops", "standard ops")):
+        table = new_table("op", "nodes", "with calls written out", numbers=("nodes", "with calls written out"))
+        for name, count in description[key].items():
+            table.add_row(name, f"{count['nodes']}", f"{count['calls']}")
+        _show(title, table)
+    table = new_table("name", "calls", numbers=("calls",))
+    for name, calls in description["functions"].items():
+        table.add_row(name, f"{calls}")
+    _show("functions", table)
+    _tensors("inputs", description["inputs"])
+    _bytes(f"{weights['tensors']} weights", weights["bytes_by_dtype"])
+
+
+def _artifact(description: dict[str, Any]) -> None:
+    keys = ("format_version", "v4c_version", "tvm_version", "target", "dtypes", "build", "has_weights", "tokenizer")
+    _pairs("artifact", {key: _text(description[key]) for key in keys})
+    _pairs("entry points", description["entry_points"])
+    _bytes("files", description["files"])
+    _tensors("caches", description["caches"])
+    _bytes(f"{description['tensors']} weights", description["bytes_by_dtype"])
+
+
+def _costs(costs: dict[str, Any]) -> None:
+    _pairs("size", {key: count_text(costs[key]) for key in ("parameters", "active_parameters")})
+    columns = ("FLOPs/token", *(f"cache {kv}" for kv in costs["cache_bytes"]))
+    table = new_table("context", *columns, numbers=columns)
+    for context, flops in costs["flops_per_token"].items():
+        caches = (bytes_text(sizes[context]) for sizes in costs["cache_bytes"].values())
+        table.add_row(_CONTEXT_NAMES.get(context, context), count_text(flops), *caches)
+    _show("cost by context", table)
+
+
+def _tensors(title: str, tensors: list[dict[str, Any]]) -> None:
+    """Tensors that differ in their layer only share a line."""
+    table = new_table("tensors", "name", "dtype", "shape", numbers=("tensors",))
+    alike: Counter[tuple[str, str, str]] = Counter()
+    for tensor in tensors:
+        dims = (f"tokens/{dim['rows']}" if isinstance(dim, dict) else f"{dim}" for dim in tensor["shape"])
+        alike[_LAYER.sub("*", tensor["name"]), tensor["dtype"], " x ".join(dims)] += 1
+    for described, count in alike.items():
+        table.add_row(f"{count}", *described)
+    _show(title, table)
+
+
+def _bytes(title: str, sizes: dict[str, int]) -> None:
+    table = new_table("name", "bytes", numbers=("bytes",))
+    for name, size in sizes.items():
+        table.add_row(name, bytes_text(size))
+    _show(f"{title}: {bytes_text(sum(sizes.values()))}", table)
+
+
+def _pairs(title: str, values: dict[str, str]) -> None:
+    table = new_table("key", "value")
+    table.show_header = False
+    for key, value in values.items():
+        table.add_row(key.replace("_", " "), value)
+    _show(title, table)
+
+
+def _show(title: str, table: Table) -> None:
+    if table.row_count:
+        click.echo(f"\n{title}")
+        print_table(table)
+
+
+def _lines(values: dict[str, Any]) -> dict[str, str]:
+    return {key: _text(value) for key, value in values.items()}
+
+
+def _text(value: Any) -> str:
+    """A JSON value as a person writes it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(_text(item) for item in value) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else f"{value}"

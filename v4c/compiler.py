@@ -1,0 +1,202 @@
+"""The compile driver: a checkpoint or an ONNX file in, an artifact out.
+
+The graph is imported three times - prompt chunks, prompt chunks with the logits of every token, single tokens - into one
+module with shared kernels; the target builds it; then weights are packed and written one by one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Collection
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from v4c import targets
+from v4c.errors import CheckpointError, OutputError, UnsupportedError
+from v4c.frontend.config import ModelConfig
+from v4c.frontend.model.caches import CacheSpec, model_caches
+from v4c.frontend.model.model import WeightSource
+from v4c.frontend.onnx_export import Progress, build, set_head
+from v4c.passes.pipeline import PassOptions
+from v4c.passes.relax.importer import Importer
+from v4c.passes.relax.layouts import WeightSpec
+from v4c.runtime import manifest as artifact
+from v4c.runtime.writer import ArtifactWriter
+from v4c.targets import Target
+
+DTYPES = {"f32": "float32", "bf16": "bfloat16"}
+
+
+def compile_model(
+    source: WeightSource | ModelConfig | OnnxSource,
+    destination: Path,
+    *,
+    target: str,
+    dtype: str,
+    weights: bool,
+    disable_passes: Collection[str] = (),
+    dump_ir: Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Compile `source` for `target` into the artifact folder `destination`; see `v4c.compile`."""
+    device = targets.find(target)
+    config = source if isinstance(source, ModelConfig) else source.config
+    options = PassOptions.checked(disable_passes, _dumper(dump_ir))
+    with ArtifactWriter(destination) as writer, tempfile.TemporaryDirectory() as scratch:
+        model = source.model if isinstance(source, OnnxSource) else build(config, progress=progress)
+        module, specs = lower(model, config, device, DTYPES[dtype])
+        if progress:
+            progress("compile kernels", 0, 0)
+        library = Path(scratch) / "model.so"
+        device.build(module, library, options)
+        writer.write_library(library)
+        stored = weights and not isinstance(source, ModelConfig)
+        packed = [artifact.WeightSpec(s.name, *_packed(device, s)) for s in specs]
+        writer.declare_weights(packed, stored=stored)
+        if stored:
+            assert not isinstance(source, ModelConfig)
+            _write_weights(writer, source, device, specs, packed, progress)
+        tokenizer = getattr(source, "tokenizer_path", None)
+        if tokenizer is not None:
+            writer.copy_tokenizer(tokenizer)
+        build_notes = {"dtype": dtype, "disabled_passes": sorted(disable_passes)}
+        writer.finish(_manifest(config, device, dtype, build_notes))
+    return destination
+
+
+def plan(source: WeightSource | ModelConfig | OnnxSource, *, target: str, dtype: str) -> dict[str, Any]:
+    """What `compile_model` would write, without building or reading weights: the ``--dry-run`` report."""
+    device = targets.find(target)
+    config = source if isinstance(source, ModelConfig) else source.config
+    model = source.model if isinstance(source, OnnxSource) else build(config)
+    _, specs = lower(model, config, device, DTYPES[dtype])
+    packed = [artifact.WeightSpec(s.name, *_packed(device, s)) for s in specs]
+    return {
+        "target": device.name,
+        "tensors": len(packed),
+        "weight_bytes": sum(w.nbytes for w in packed),
+        "largest_tensor_bytes": max(w.nbytes for w in packed),
+        "caches": [{"name": c.path, "shape": _dims(c)} for c in model_caches(config)],
+    }
+
+
+def lower(model: ir.Model, config: ModelConfig, device: Target, matrix_dtype: str) -> tuple[Any, list[WeightSpec]]:
+    """The Relax module with the three entry points, and the weights they take, in order."""
+    names = frozenset(json.loads(model.metadata_props["v4c.weights"]))
+    importer = Importer(model, device.kernels, names, matrix_dtype)
+    set_head(model, config, all_logits=False)
+    prefill = importer.import_main("prefill")
+    decode = importer.import_main("decode", {"chunk": 1})
+    set_head(model, config, all_logits=True)
+    prefill_all = importer.import_main("prefill_all")
+    assert prefill.weights == decode.weights == prefill_all.weights
+    return importer.builder.finalize(), prefill.weights
+
+
+class OnnxSource:
+    """An ONNX file that `v4c.export` wrote, as a source of the graph and of the weights.
+
+    Raises:
+        CheckpointError: the file is missing or not ONNX.
+        UnsupportedError: it was not exported by v4c.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise CheckpointError(f"{path}: expected an ONNX file, found none")
+        try:
+            self.model = ir.load(path)
+        except Exception as error:  # protobuf raises its own kinds for any damage
+            raise CheckpointError(f"{path}: expected an ONNX file, found {type(error).__name__}: {error}") from error
+        if "v4c.config" not in self.model.metadata_props:
+            raise UnsupportedError(f"{path}: expected a model exported by v4c (metadata v4c.config), found none")
+        self.config = ModelConfig.from_dict(json.loads(self.model.metadata_props["v4c.config"]), str(path))
+
+    @property
+    def has_weights(self) -> bool:
+        """False for a graph exported without weights."""
+        return not any(v.name in set(self.names()) for v in self.model.graph.inputs)
+
+    def names(self) -> list[str]:
+        """Names of the weights."""
+        return list(json.loads(self.model.metadata_props["v4c.weights"]))
+
+    def load(self, name: str, dtype: str | None = None) -> np.ndarray:
+        """One weight; float32 when `dtype` is ``f32``, else as stored."""
+        value = self.model.graph.initializers.get(name)
+        if value is None or value.const_value is None:
+            raise CheckpointError(f"{self.path}: weight {name}: expected an initializer, found none")
+        try:
+            array = value.const_value.numpy()
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: weight {name}: its data cannot be read: {error}") from error
+        return array.astype(np.float32) if dtype == "f32" and array.dtype != np.float32 else array
+
+
+def _packed(device: Target, weight: WeightSpec) -> tuple[str, tuple[int, ...]]:
+    spec = device.kernels.packed(weight)
+    return spec.dtype, tuple(spec.shape)
+
+
+def _write_weights(
+    writer: ArtifactWriter,
+    source: WeightSource | OnnxSource,
+    device: Target,
+    specs: list[WeightSpec],
+    packed: list[artifact.WeightSpec],
+    progress: Progress | None,
+) -> None:
+    done, total = 0, sum(w.nbytes for w in packed)
+    for spec, stored in zip(specs, packed, strict=True):
+        if progress:
+            progress("pack weights", done, total)
+        array = source.load(spec.name, None if spec.dtype == "int64" else "f32")
+        if array.shape != spec.shape:
+            raise CheckpointError(f"{spec.name}: expected shape {list(spec.shape)}, found {list(array.shape)}")
+        writer.write_weight(spec.name, device.pack(spec, array))
+        done += stored.nbytes
+    if progress:
+        progress("pack weights", total, total)
+
+
+def _manifest(config: ModelConfig, device: Target, dtype: str, notes: dict[str, Any]) -> artifact.Manifest:
+    return artifact.Manifest(
+        v4c_version=version("v4c"),
+        tvm_version=version("apache-tvm"),
+        target=artifact.Target(device.name, os.uname().machine, device.features),
+        dtypes=artifact.DTypes(DTYPES[dtype], "float32", "float32"),
+        config=config.to_dict(),
+        vocab_size=config.vocab_size,
+        max_context=config.max_position_embeddings,
+        eos_token_ids=config.eos_token_ids,
+        caches=tuple(artifact.CacheSpec(c.path, c.dtype, _dims(c)) for c in model_caches(config)),
+        entry_points={name: name for name in artifact.ENTRY_POINTS},
+        build=notes,
+    )
+
+
+def _dims(spec: CacheSpec) -> tuple[artifact.Dim, ...]:
+    rows: artifact.Dim = artifact.Rows(spec.ratio) if spec.ratio else spec.rows
+    return ("batch", rows) if spec.width is None else ("batch", rows, spec.width)
+
+
+def _dumper(folder: Path | None) -> Any:
+    """Writes the module after each pass as ``NN-name.py`` into `folder`."""
+    if folder is None:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: expected a folder for --dump-ir: {error.strerror}") from error
+
+    def observe(number: int, name: str, module: Any) -> None:
+        (folder / f"{number:02d}-{name}.py").write_text(module.script(show_meta=False))
+
+    return observe

@@ -1,0 +1,215 @@
+"""Checks a compiled model against the torch reference, along every path by which tokens can reach it.
+
+The same random tokens are read in one chunk, in ragged chunks by two rows at different positions, and one by one; each
+logit must agree with the reference, which reads the whole sequence at once on the weights as the artifact stores them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from v4c.errors import CheckpointError, InputError
+
+if TYPE_CHECKING:
+    from v4c.frontend.config import ModelConfig
+    from v4c.runtime.model import Model
+
+__all__ = ["RELATIVE_TOLERANCE", "VerifyReport", "verify"]
+
+RELATIVE_TOLERANCE = 1e-3
+"""Largest difference allowed, in units of the reference logits' standard deviation or of 1, whichever is larger.
+
+It holds for bfloat16 weights too: the reference rounds them likewise, and both sides compute in float32."""
+
+_FIRST_CHUNKS = ((5, 3, 120, 1), (1, 126, 2, 4))
+"""How the two rows of the ragged reading begin: across and exactly onto multiples of 4 and of 128."""
+_LONGEST_CHUNK = 97
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The outcome of `verify`.
+
+    Attributes:
+        max_abs_diff: largest difference of any logit from the reference; infinite where one is not finite.
+        argmax_agreement: share of positions whose largest logit is the reference's; near-ties may differ.
+        tolerance: what `max_abs_diff` may reach.
+        ok: whether it does not exceed it.
+        positions: token positions compared, over all readings.
+    """
+
+    max_abs_diff: float
+    argmax_agreement: float
+    tolerance: float
+    ok: bool
+    positions: int
+
+
+def verify(
+    artifact: str | os.PathLike[str],
+    source: Any,
+    *,
+    prompt_tokens: int = 250,
+    decode_tokens: int = 12,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Compare an artifact with the model it was compiled from.
+
+    Args:
+        artifact: the folder `v4c.compile` wrote.
+        source: the checkpoint folder it was compiled from, or an opened one.
+        prompt_tokens: tokens read before decoding starts; by default decoding passes a multiple of 128.
+        decode_tokens: tokens decoded one by one, after the prompt and again from the start.
+        seed: of the random tokens.
+        progress: called with (what is being done, readings done, readings in all).
+
+    Raises:
+        InputError: a count below 1, or the source's config is not the artifact's (the message names the key).
+        ArtifactError, CheckpointError, ConfigError: either cannot be loaded, or the reference's logits are not finite.
+    """
+    from v4c.runtime.model import load
+
+    for name, count in (("prompt_tokens", prompt_tokens), ("decode_tokens", decode_tokens)):
+        if type(count) is not int or count < 1:
+            raise InputError(f"{name}: expected a positive integer, found {count!r}")
+    weights = open_source(source)
+    model = load(artifact)
+    check_configs(weights.config, model)
+    generator = np.random.default_rng(seed)
+    tokens = generator.integers(0, model.vocab_size, prompt_tokens + decode_tokens)
+
+    report = progress or (lambda what, done, total: None)
+    report("torch reference", 0, 5)
+    expected = _reference(weights, model, tokens)
+    tolerance = RELATIVE_TOLERANCE * max(1.0, float(expected.std()))
+    readings = (
+        ("one chunk", _one_chunk(model, tokens)),
+        ("ragged chunks", _ragged_chunks(model, tokens, generator)),
+        ("prompt, then single tokens", _decode(model, tokens, prompt_tokens)),
+        ("single tokens from the start", _decode(model, tokens[:decode_tokens], 0)),
+    )
+    worst, same, positions = 0.0, 0, 0
+    for done, (what, reading) in enumerate(readings, start=1):
+        report(what, done, 5)
+        for start, logits in reading:
+            wanted = expected[start : start + len(logits)]
+            difference = float(np.abs(logits - wanted).max())
+            worst = max(worst, difference if math.isfinite(difference) else math.inf)
+            same += int((logits.argmax(axis=-1) == wanted.argmax(axis=-1)).sum())
+            positions += len(logits)
+    report("done", 5, 5)
+    return VerifyReport(worst, same / positions, tolerance, worst <= tolerance, positions)
+
+
+def open_source(source: Any) -> Any:
+    """The checkpoint behind a path, with its tensors checked; anything else is taken to be an opened one."""
+    from v4c.frontend.checkpoint import Checkpoint
+
+    if isinstance(source, str | os.PathLike):
+        source = Checkpoint.open(os.fspath(source))
+        source.check()
+    return source
+
+
+def check_configs(config: ModelConfig, model: Model) -> None:
+    """Refuse a source that describes another model than the artifact's; the dtype it is stored in may differ.
+
+    Raises:
+        InputError: naming the first key that differs.
+    """
+    from v4c.frontend.config import ModelConfig
+
+    ours = config.to_dict()
+    theirs = ModelConfig.from_dict(dict(model.config), "artifact").to_dict()
+    for key in sorted(ours.keys() | theirs.keys()):
+        if key != "dtype" and ours.get(key) != theirs.get(key):
+            raise InputError(
+                f"{key}: expected the artifact's {_short(theirs.get(key))} in the checkpoint's config, "
+                f"found {_short(ours.get(key))}"
+            )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class _AsStored:
+    """A weight source whose tensors are rounded as the artifact stores them, so that only arithmetic is compared."""
+
+    def __init__(self, source: Any, model: Model) -> None:
+        self.config: ModelConfig = source.config
+        self._source = source
+        self._rounded = {weight.name for weight in model.manifest.weights if weight.dtype == "bfloat16"}
+
+    def load(self, name: str, dtype: str | None = None) -> np.ndarray:
+        if name in self._rounded:
+            return self._source.load(name, "bf16").astype(np.float32)
+        return self._source.load(name, dtype or "f32")
+
+
+def _reference(source: Any, model: Model, tokens: np.ndarray) -> np.ndarray:
+    """Reference logits ``[tokens, vocab]``."""
+    import torch
+
+    from v4c.frontend.model.model import V4Model
+
+    reference = V4Model.from_source(_AsStored(source, model))
+    logits = reference.logits(torch.from_numpy(tokens)[None])[0].numpy()
+    if not np.isfinite(logits).all():
+        position = int(np.flatnonzero(~np.isfinite(logits).all(axis=-1))[0])
+        raise CheckpointError(f"reference: expected finite logits, found others from token {position} on")
+    return logits
+
+
+Reading = Iterator[tuple[int, np.ndarray]]
+"""Pairs of a position and the logits ``[n, vocab]`` from there on."""
+
+
+def _one_chunk(model: Model, tokens: np.ndarray) -> Reading:
+    with model.new_session(max_context=len(tokens)) as session:
+        yield 0, session.prefill(tokens[None], all_logits=True, chunk=len(tokens))[0]
+
+
+def _ragged_chunks(model: Model, tokens: np.ndarray, generator: np.random.Generator) -> Reading:
+    """Two rows read the same tokens in chunks of their own, of which only the last logits are seen."""
+    cuts = [_chunks(len(tokens), first, generator) for first in _FIRST_CHUNKS]
+    with model.new_session(batch=2, max_context=len(tokens)) as session:
+        for step in range(max(map(len, cuts))):
+            lengths = np.array([row[step] if step < len(row) else 0 for row in cuts])
+            starts = session.position
+            chunk = np.zeros((2, lengths.max()), dtype=np.int64)
+            for row in range(2):
+                chunk[row, : lengths[row]] = tokens[starts[row] : starts[row] + lengths[row]]
+            logits = session.prefill(chunk, lengths=lengths)
+            for live in np.flatnonzero(lengths):
+                yield int(starts[live] + lengths[live]) - 1, logits[live][None]
+
+
+def _chunks(total: int, first: tuple[int, ...], generator: np.random.Generator) -> list[int]:
+    """Chunk lengths that add up to `total`: `first`, then random ones."""
+    lengths: list[int] = []
+    left = total
+    while left:
+        wanted = first[len(lengths)] if len(lengths) < len(first) else int(generator.integers(1, _LONGEST_CHUNK + 1))
+        lengths.append(min(wanted, left))
+        left -= lengths[-1]
+    return lengths
+
+
+def _decode(model: Model, tokens: np.ndarray, prompt: int) -> Reading:
+    """`prompt` tokens at once, then the others one by one."""
+    with model.new_session(max_context=len(tokens)) as session:
+        if prompt:
+            yield prompt - 1, session.prefill(tokens[None, :prompt])
+        for position in range(prompt, len(tokens)):
+            yield position, session.decode(tokens[position : position + 1])
