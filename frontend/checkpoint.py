@@ -8,19 +8,18 @@ range-checked.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
 
-from v4c.errors import CheckpointError, UnsupportedError
+from v4c.errors import CheckpointError, InputError, UnsupportedError
 
 from .config import ModelConfig
 from .names import TensorInfo, canonical, expert_parts, expert_piece, is_mtp, tensor_specs
 from .safetensors_reader import StoredTensor, read_header
 from .strict_json import read_object, show
 
-LoadDtype = Literal["f32", "bf16", "f16", "source"]
 SourceDtype = Literal["f32", "bf16", "f16", "int64"]
 
 SINGLE_FILE = "model.safetensors"
@@ -37,29 +36,8 @@ _QUANTISED_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2"
 _SCALE_SUFFIXES = (".scale", ".weight_scale", ".weight_scale_inv")
 
 
-class WeightSource(Protocol):
-    """What the model builder needs of weights: a `Checkpoint`, or random ones (`initialise.RandomCheckpoint`)."""
-
-    @property
-    def config(self) -> ModelConfig: ...
-
-    @property
-    def tokenizer_path(self) -> Path | None: ...
-
-    @property
-    def total_bytes(self) -> int: ...
-
-    def names(self) -> tuple[str, ...]: ...
-
-    def load(self, name: str, dtype: LoadDtype = "f32") -> np.ndarray: ...
-
-    def source_dtype(self, name: str) -> SourceDtype: ...
-
-    def check(self) -> None: ...
-
-
-def cast(array: np.ndarray, info: TensorInfo, dtype: LoadDtype) -> np.ndarray:
-    """`array` in the dtype that `load` promises; the same array where nothing changes.
+def cast(array: np.ndarray, info: TensorInfo, dtype: str | None) -> np.ndarray:
+    """`array` in the dtype that `Checkpoint.load` promises; the same array where nothing changes.
 
     Only ``"weight"`` tensors follow `dtype`: the others are float32 or int64 always.
     """
@@ -67,7 +45,13 @@ def cast(array: np.ndarray, info: TensorInfo, dtype: LoadDtype) -> np.ndarray:
         return array.astype(np.int64, copy=False)
     if info.kind == "fp32":
         return array.astype(np.float32, copy=False)
-    return array if dtype == "source" else array.astype(_NUMPY_DTYPES[dtype], copy=False)
+    return array if dtype is None else array.astype(_float_dtype(dtype), copy=False)
+
+
+def _float_dtype(dtype: str) -> np.dtype:
+    if dtype not in _NUMPY_DTYPES:
+        raise InputError(f"dtype: expected one of {', '.join(_NUMPY_DTYPES)}, found {dtype!r}")
+    return _NUMPY_DTYPES[dtype]
 
 
 class Checkpoint:
@@ -149,18 +133,20 @@ class Checkpoint:
         for name in self.specs:
             self._check_tensor(name)
 
-    def load(self, name: str, dtype: LoadDtype = "f32") -> np.ndarray:
+    def load(self, name: str, dtype: str | None = None) -> np.ndarray:
         """One tensor, joined and converted; nothing is kept.
 
         Args:
             name: a Hugging Face name out of `names`.
-            dtype: for ``"weight"`` tensors; ``"source"`` keeps the stored one. Others are float32 or int64 always.
+            dtype: ``"f32"``, ``"bf16"`` or ``"f16"`` for ``"weight"`` tensors, None for the stored one. Others are
+                float32 or int64 always.
 
         Returns:
             Of the shape in `names.tensor_specs`. A read-only memory map where the file already holds exactly that.
 
         Raises:
             CheckpointError: as `check`, and for ids out of range.
+            InputError: an unknown `dtype`.
             UnsupportedError: a quantised tensor.
         """
         self._check_tensor(name)
@@ -182,10 +168,10 @@ class Checkpoint:
         pieces = tuple(expert_piece(layer, e, part) for e in range(self.config.n_routed_experts) for part in parts)
         return pieces if any(piece in self._stored for piece in pieces) else (name,)
 
-    def _join(self, name: str, info: TensorInfo, dtype: LoadDtype) -> np.ndarray:
+    def _join(self, name: str, info: TensorInfo, dtype: str | None) -> np.ndarray:
         """Experts' matrices one below the other: for gate_up first the gate's rows, then those of up."""
         pieces = self._pieces[name]
-        target = _NUMPY_DTYPES[self.source_dtype(name) if dtype == "source" else dtype]
+        target = _float_dtype(dtype or self.source_dtype(name))
         joined = np.empty((len(pieces), info.shape[1] * info.shape[0] // len(pieces), info.shape[2]), target)
         for place, piece in enumerate(pieces):
             joined[place] = self._stored[piece].map()

@@ -24,8 +24,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 _POSITIVE_INTEGERS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "qk_rope_head_dim",
     "q_lora_rank", "o_groups", "o_lora_rank", "n_routed_experts", "num_experts_per_tok", "n_shared_experts",
-    "moe_intermediate_size", "csa_ratio", "hca_ratio", "sliding_window", "index_n_heads", "index_head_dim", "index_topk", "hc_mult",
-    "hc_sinkhorn_iters", "max_position_embeddings",
+    "moe_intermediate_size", "csa_ratio", "hca_ratio", "sliding_window", "index_n_heads", "index_head_dim",
+    "index_topk", "hc_mult", "hc_sinkhorn_iters", "max_position_embeddings",
 )  # fmt: skip
 _POSITIVE_NUMBERS = ("routed_scaling_factor", "swiglu_limit", "hc_eps", "rms_norm_eps")
 _LARGEST_INTEGER = 2**31 - 1

@@ -22,7 +22,7 @@ import numpy as np
 
 from v4c.errors import CheckpointError, OutputError
 
-from .checkpoint import INDEX_FILE, SINGLE_FILE, LoadDtype, SourceDtype, cast
+from .checkpoint import INDEX_FILE, SINGLE_FILE, SourceDtype, cast
 from .config import ModelConfig
 from .names import TensorInfo, expert_parts, expert_piece, tensor_specs
 
@@ -135,7 +135,7 @@ class RandomCheckpoint:
     def check(self) -> None:
         """Nothing can be missing."""
 
-    def load(self, name: str, dtype: LoadDtype = "f32") -> np.ndarray:
+    def load(self, name: str, dtype: str | None = None) -> np.ndarray:
         """As `Checkpoint.load`. Raises CheckpointError for a name that the model does not have."""
         if name not in self.specs:
             raise CheckpointError(f"random weights: expected the name of a tensor of this model, found {name}")

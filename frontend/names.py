@@ -45,8 +45,8 @@ class Source:
     join: Join
 
 
-# Upstream's word for each part of a name, and ours. Files mix both: transformers undoes only those of its renaming rules
-# that it applied on loading, so parts are translated one by one.
+# Upstream's word for each part of a name, and ours. Files mix both, for transformers undoes on saving only those of its
+# renaming rules that it applied on loading; so parts are translated one by one.
 _PARTS = {
     "attn": "self_attn", "attn_sink": "sinks", "wq_a": "q_a_proj", "q_norm": "q_a_norm", "wq_b": "q_b_proj",
     "wkv": "kv_proj", "wgate": "gate_proj", "norm": "kv_norm", "wo_a": "o_a_proj", "wo_b": "o_b_proj",

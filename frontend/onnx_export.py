@@ -121,7 +121,7 @@ def build(config: ModelConfig, *, all_logits: bool = False, dtype: str = "f32", 
     }
     constants = {r: _constant(f"rope.{r}.inv_freq", inv_freq(config, r)) for r in ("main", "compress")}
     streams_type = ir.TensorType(ir.DataType.FLOAT)
-    streams_shape = ["batch", "chunk", config.hc_mult, config.hidden_size]
+    streams_shape: list[str | int] = ["batch", "chunk", config.hc_mult, config.hidden_size]
 
     (streams,) = graph.call(embed, "embed_tokens.", common, ["embed_tokens"])
     present: list[ir.Value] = []
@@ -195,7 +195,9 @@ def check_destination(path: Path) -> None:
 
 def _constant(name: str, array: np.ndarray) -> ir.Value:
     tensor = ir.tensor(array, name=name)
-    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+    return ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
+    )
 
 
 def _op_functions(parts: list[ir.Function]) -> list[ir.Function]:
@@ -215,10 +217,10 @@ def stored_dtype(info: TensorInfo, matrix_dtype: ir.DataType) -> ir.DataType:
 def attach_weights(model: ir.Model, source: WeightSource, progress: Progress | None = None) -> None:
     """Turn the weight inputs into initializers whose data is read from `source`, one tensor at a time, when saved."""
     names = set(json.loads(model.metadata_props["v4c.weights"]))
-    values = {v.name: v for v in model.graph.inputs if v.name in names}
+    values = {str(v.name): v for v in model.graph.inputs if v.name in names}
     for name, value in values.items():
         model.graph.inputs.remove(value)
-        assert value.dtype is not None
+        assert value.dtype is not None and value.shape is not None
         value.const_value = _lazy(source, name, value.dtype, value.shape, progress)
         model.graph.register_initializer(value)
 

@@ -57,3 +57,11 @@ def tiny_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
     path = tmp_path_factory.mktemp("artifact") / "tiny.v4c"
     v4c.compile(tiny_checkpoint, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_engram(tiny_config: ModelConfig) -> ModelConfig:
+    """`tiny_config` with an Engram layer."""
+    from v4c.frontend.presets import with_engram
+
+    return with_engram(tiny_config)

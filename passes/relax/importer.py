@@ -106,7 +106,7 @@ class Importer:
             if (node.domain, node.op_type) in self.functions:
                 self._private(node, dims, f"{name}_{node.op_type}")
         types = [dims.spec(v) for v in inputs]
-        constants = {v.name: v for v in graph.initializers.values() if v.name not in self.weight_names}
+        constants = {str(v.name): v for v in graph.initializers.values() if v.name not in self.weight_names}
         return self._function(name, list(graph), inputs, types, list(zip(weights, specs, strict=True)),
                               list(graph.outputs), constants, dims, private=False)  # fmt: skip
 

@@ -12,37 +12,45 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import DeepseekV4Config
 
 from v4c.errors import ConfigError, UnsupportedError
-from v4c.frontend.config import EngramConfig, ModelConfig, YarnScaling
+from v4c.frontend.config import ModelConfig, YarnScaling
 from v4c.frontend.presets import PRESETS, preset
 
 HF_ATTENTION = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]
 OUR_ATTENTION = dict(zip(HF_ATTENTION, ("sliding", "csa", "hca"), strict=True))
 SAME_IN_BOTH = (
-    "vocab_size hidden_size num_hidden_layers num_attention_heads head_dim q_lora_rank o_groups o_lora_rank "
-    "n_routed_experts num_experts_per_tok n_shared_experts moe_intermediate_size routed_scaling_factor swiglu_limit "
-    "sliding_window index_n_heads index_head_dim index_topk hc_mult hc_sinkhorn_iters hc_eps rms_norm_eps "
-    "max_position_embeddings num_nextn_predict_layers bos_token_id pad_token_id qk_rope_head_dim"
-).split()
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "q_lora_rank", "o_groups",
+    "o_lora_rank", "n_routed_experts", "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size",
+    "routed_scaling_factor", "swiglu_limit", "sliding_window", "index_n_heads", "index_head_dim", "index_topk",
+    "hc_mult", "hc_sinkhorn_iters", "hc_eps", "rms_norm_eps", "max_position_embeddings", "num_nextn_predict_layers",
+    "bos_token_id", "pad_token_id", "qk_rope_head_dim",
+)  # fmt: skip
+OPTIONAL = {
+    "architectures", "attention_bias", "attention_dropout", "bos_token_id", "eos_token_id", "expert_dtype",
+    "hidden_act", "initializer_range", "model_type", "n_shared_experts", "norm_topk_prob", "num_key_value_heads",
+    "num_nextn_predict_layers", "rope_scaling", "quantization_config", "scoring_func", "tie_word_embeddings",
+    "topk_method", "torch_dtype", "use_cache",
+}  # fmt: skip
 
 
 def published() -> dict[str, Any]:
     """V4-Flash's config.json as published, written down independently of the preset."""
     return {
         "architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4", "attention_bias": False,
-        "attention_dropout": 0.0, "bos_token_id": 0, "eos_token_id": 1, "expert_dtype": "fp4", "hc_eps": 1e-06, "hc_mult": 4,
-        "hc_sinkhorn_iters": 20, "head_dim": 512, "hidden_act": "silu", "hidden_size": 4096, "index_head_dim": 128,
+        "attention_dropout": 0.0, "bos_token_id": 0, "eos_token_id": 1, "expert_dtype": "fp4", "hc_eps": 1e-06,
+        "hc_mult": 4, "hc_sinkhorn_iters": 20, "head_dim": 512, "hidden_act": "silu", "hidden_size": 4096,
+        "index_head_dim": 128,
         "index_n_heads": 64, "index_topk": 512, "initializer_range": 0.02, "max_position_embeddings": 1048576,
         "moe_intermediate_size": 2048, "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True,
         "num_attention_heads": 64, "num_experts_per_tok": 6, "num_hidden_layers": 43, "num_hash_layers": 3,
-        "num_key_value_heads": 1, "num_nextn_predict_layers": 1, "o_groups": 8, "o_lora_rank": 1024, "q_lora_rank": 1024,
-        "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06, "rope_theta": 10000, "routed_scaling_factor": 1.5,
+        "num_key_value_heads": 1, "num_nextn_predict_layers": 1, "o_groups": 8, "o_lora_rank": 1024,
+        "q_lora_rank": 1024, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06, "rope_theta": 10000,
+        "routed_scaling_factor": 1.5,
         "rope_scaling": {
             "beta_fast": 32, "beta_slow": 1, "factor": 16, "original_max_position_embeddings": 65536, "type": "yarn",
         },
@@ -53,11 +61,18 @@ def published() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def hf_config(**values: Any) -> Any:
+    """transformers' config class, untyped: it accepts keys of older layouts that its signature does not list."""
+    return DeepseekV4Config(**values)
+
+
 @st.composite
-def hf_configs(draw: st.DrawFn) -> DeepseekV4Config:
+def hf_configs(draw: st.DrawFn) -> Any:
     layers = draw(st.integers(1, 6))
     head_dim = draw(st.integers(4, 80))
     rope = 2 * draw(st.integers(1, min(head_dim, 16) // 2))
+    # For some pairs transformers' own truncation loses a dim; such a file contradicts itself and is refused.
+    assume(int(head_dim * (rope / head_dim)) == rope)
     groups = draw(st.integers(1, 4))
     experts = draw(st.integers(1, 20))
     layer = st.sampled_from(HF_ATTENTION)
@@ -66,7 +81,7 @@ def hf_configs(draw: st.DrawFn) -> DeepseekV4Config:
         "rope_type": "yarn", "factor": draw(st.floats(1.5, 64)), "original_max_position_embeddings": 4096,
         "beta_fast": draw(st.floats(8, 64)), "beta_slow": draw(st.floats(0.5, 2)),
     }  # fmt: skip
-    return DeepseekV4Config(
+    return hf_config(
         vocab_size=draw(st.integers(10, 1000)),
         hidden_size=draw(st.integers(1, 100)),
         num_hidden_layers=layers,
@@ -99,7 +114,7 @@ def hf_configs(draw: st.DrawFn) -> DeepseekV4Config:
 
 @settings(deadline=None, max_examples=30)
 @given(hf_configs())
-def test_reads_what_transformers_writes(hf: DeepseekV4Config) -> None:
+def test_reads_what_transformers_writes(hf: Any) -> None:
     config = ModelConfig.from_dict(json.loads(hf.to_json_string()))
     for key in SAME_IN_BOTH:
         assert getattr(config, key) == getattr(hf, key), key
@@ -120,9 +135,9 @@ def test_reads_what_transformers_writes(hf: DeepseekV4Config) -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(hf_configs())
-def test_transformers_reads_what_we_write(hf: DeepseekV4Config) -> None:
+def test_transformers_reads_what_we_write(hf: Any) -> None:
     config = ModelConfig.from_dict(json.loads(hf.to_json_string()))
-    again = DeepseekV4Config(**json.loads(json.dumps(config.to_dict())))
+    again = hf_config(**json.loads(json.dumps(config.to_dict())))
     for key in (*SAME_IN_BOTH, "layer_types", "mlp_layer_types", "compress_rates", "eos_token_id"):
         assert getattr(again, key) == getattr(hf, key), key
     assert ModelConfig.from_dict(config.to_dict()) == config
@@ -141,7 +156,7 @@ def test_published_layout() -> None:
     without_mtp["compress_ratios"].pop()
     assert ModelConfig.from_dict(without_mtp) == preset("v4-flash")
     # What transformers makes of the same file.
-    hf = json.loads(DeepseekV4Config(**published()).to_json_string())
+    hf = json.loads(hf_config(**published()).to_json_string())
     assert ModelConfig.from_dict(hf) == preset("v4-flash")
 
 
@@ -153,15 +168,11 @@ def test_rotary_width_survives_truncation() -> None:
         config = replace(preset("v4-nano"), head_dim=head_dim, qk_rope_head_dim=width, index_head_dim=512)
         written = config.to_dict()
         del written["qk_rope_head_dim"]
-        assert DeepseekV4Config(**written).qk_rope_head_dim == width
+        assert hf_config(**written).qk_rope_head_dim == width
         assert ModelConfig.from_dict(written).qk_rope_head_dim == width
 
 
-@pytest.mark.parametrize("key", sorted(set(published()) - {
-    "architectures", "attention_bias", "attention_dropout", "bos_token_id", "eos_token_id", "expert_dtype", "hidden_act",
-    "initializer_range", "model_type", "n_shared_experts", "norm_topk_prob", "num_key_value_heads", "num_nextn_predict_layers",
-    "rope_scaling", "quantization_config", "scoring_func", "tie_word_embeddings", "topk_method", "torch_dtype", "use_cache",
-}))  # fmt: skip
+@pytest.mark.parametrize("key", sorted(set(published()) - OPTIONAL))
 def test_missing_keys_are_named(key: str) -> None:
     values = published()
     del values[key]
@@ -333,10 +344,9 @@ def test_any_value_parses_or_is_refused(key: str, value: Any) -> None:
     values[key] = value
     try:
         config = ModelConfig.from_dict(values)
-    except (ConfigError, UnsupportedError) as failure:
-        assert "expected" in str(failure)
-    else:
-        assert ModelConfig.from_dict(config.to_dict()) == config
+    except (ConfigError, UnsupportedError):
+        return
+    assert ModelConfig.from_dict(config.to_dict()) == config
 
 
 def test_direct_construction_is_checked() -> None:
@@ -353,64 +363,3 @@ def test_layers_of() -> None:
     assert config.layers_of("sliding") == (0, 1)
     assert config.layers_of("hash") == (0, 1)
     assert config.layers_of("topk") == (2, 3, 4, 5, 6, 7)
-
-
-def _is_prime(number: int) -> bool:
-    return number > 1 and all(number % divisor for divisor in range(2, int(number**0.5) + 1))
-
-
-@settings(deadline=None, max_examples=20)
-@given(
-    st.lists(st.integers(0, 40), min_size=1, max_size=4, unique=True).map(sorted),
-    st.integers(1, 5), st.integers(2, 5), st.integers(2, 3000), st.integers(0, 100),
-)  # fmt: skip
-def test_engram_constants(layers: list[int], heads: int, max_ngram: int, rows: int, seed: int) -> None:
-    engram = EngramConfig(tuple(layers), heads, 8, rows, pad_id=0, seed=seed, max_ngram=max_ngram)
-    primes = np.concatenate([engram.primes(layer) for layer in layers])
-    assert primes.dtype == np.int64
-    assert len(primes) == len(layers) * (max_ngram - 1) * heads
-    # All primes from `rows` up to the last one, each exactly once.
-    assert primes.tolist() == [number for number in range(rows, primes[-1] + 1) if _is_prime(number)]
-    for layer in layers:
-        ends = engram.offsets(layer) + engram.primes(layer)
-        assert engram.offsets(layer).tolist() == [0, *ends[:-1]]
-        assert ends[-1] == engram.table_size(layer)
-        vocab = 1 + seed * 1000
-        multipliers = engram.multipliers(layer, vocab)
-        assert multipliers.shape == (max_ngram,)
-        assert (multipliers % 2 == 1).all()
-        assert all(int(multiplier) * (vocab - 1) < 2**63 for multiplier in multipliers)
-        assert np.array_equal(multipliers, engram.multipliers(layer, vocab))
-    if len(layers) > 1:
-        assert not np.array_equal(engram.multipliers(layers[0], 1000), engram.multipliers(layers[1], 1000))
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"layer_ids": ()}, "layer_ids"),
-        ({"layer_ids": (2, 1)}, "layer_ids"),
-        ({"layer_ids": (1, 1)}, "layer_ids"),
-        ({"max_ngram": 1}, "max_ngram"),
-        ({"kernel_size": 1}, "kernel_size"),
-        ({"heads_per_ngram": 0}, "heads_per_ngram"),
-        ({"table_rows": True}, "table_rows"),
-        ({"seed": -1}, "seed"),
-    ],
-)
-def test_engram_refusals(changes: dict[str, Any], named: str) -> None:
-    engram = preset("v4-nano-engram").engram
-    assert engram is not None
-    with pytest.raises(ConfigError, match=rf"^engram\.{named}: expected"):
-        replace(engram, **changes)
-
-
-def test_engram_must_fit_the_model() -> None:
-    config = preset("v4-nano-engram")
-    assert config.engram is not None
-    with pytest.raises(ConfigError, match=r"engram\.layer_ids: expected layers below 6, found 6"):
-        replace(config, engram=replace(config.engram, layer_ids=(1, 6)))
-    with pytest.raises(ConfigError, match=r"engram\.pad_id"):
-        replace(config, engram=replace(config.engram, pad_id=4096))
-    with pytest.raises(ConfigError, match="found layer 0"):
-        config.engram.primes(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,7 +58,7 @@ def test_cache_grows_as_promised(name: str, kv: Any) -> None:
 
 def test_cache_counts_every_buffer() -> None:
     """Element by element for nano: the shapes a session allocates for 1000 tokens."""
-    config = replace(preset("v4-nano-engram"))
+    config = preset("v4-nano-engram")
     c, i, w = 64, 32, 128
     sliding = w * c
     csa = w * c + 2 * 8 * 2 * c + 250 * c + 2 * 8 * 2 * i + 250 * i
@@ -78,7 +77,7 @@ def test_weight_bytes_of_real_tensors(name: str) -> None:
 
 
 def v32_flops(context: int) -> float:
-    """DeepSeek-V3.2: 37 B active, 61 layers of 128 heads over a 512 + 64 wide latent, top 2048 of an indexer of 64 x 128."""
+    """DeepSeek-V3.2: 37 B active; 61 layers of 128 heads, latent of 512 + 64, top 2048 by an indexer of 64 x 128."""
     attention = 2 * 128 * ((512 + 64) + 512) * min(context, 2048)
     return 2 * 37e9 + 61 * (attention + 2 * 64 * 128 * context)
 

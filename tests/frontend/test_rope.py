@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -23,7 +24,7 @@ torch.set_num_threads(1)
 
 
 def assert_equals_reference(config: ModelConfig) -> None:
-    reference = DeepseekV4RotaryEmbedding(DeepseekV4Config(**config.to_dict()))
+    reference: Any = DeepseekV4RotaryEmbedding(DeepseekV4Config(**config.to_dict()))
     main, compress = inv_freq(config, "main"), inv_freq(config, "compress")
     assert main.dtype == compress.dtype == np.float32
     assert main.shape == compress.shape == (config.qk_rope_head_dim // 2,)

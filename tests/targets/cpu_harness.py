@@ -1,7 +1,8 @@
 """Compile one CPU kernel and call it with NumPy arrays: what every kernel test needs.
 
-Outputs lie between guard bytes and start filled with a sentinel, so a kernel that writes outside an output, or leaves
-part of it unwritten, is caught by the harness itself.
+Every argument lies between guard bytes, and outputs start filled with a sentinel, so a kernel that writes outside an
+argument, or leaves part of an output unwritten, is caught by the harness itself. The guard bytes are NaN as a float, so
+that a value read from outside shows in the result.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 import tvm
 
 _ALIGNMENT = 64
-_GUARD = 0xA5
+_GUARD = 0xFF
 _GUARD_BYTES = 256
 _UNWRITTEN_INT = -(2**40) - 7
 

@@ -7,39 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
-
-from v4c.cli import main
 from v4c.frontend import presets
 
-V4C = Path(sys.executable).with_name("v4c")
+from tests.v4c.cli_harness import V4C, assert_one_line, invoke, shell
+
 COMMANDS = ("presets", "init", "export", "compile", "run", "verify", "inspect")
-
-
-def invoke(*arguments: str | Path) -> Result:
-    """One call of the command line in this process."""
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def assert_one_line(result: Result, *fragments: str) -> None:
-    """Exit code 2, nothing on stdout, one line on stderr that contains the fragments."""
-    assert result.exit_code == 2, result.stderr
-    assert result.stdout == ""
-    assert result.stderr.startswith("v4c: error: ")
-    assert result.stderr.count("\n") == 1
-    for fragment in fragments:
-        assert fragment in result.stderr
-
-
-def shell(arguments: Sequence[str | Path], **options: Any) -> subprocess.CompletedProcess[str]:
-    """One call of the command line as a process of its own."""
-    command = [str(V4C), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
 def test_version_and_help_as_a_process() -> None:

@@ -83,6 +83,7 @@ def _usage(error: click.ClickException) -> str:
 
 
 @click.group(
+    "v4c",
     cls=Root,
     no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

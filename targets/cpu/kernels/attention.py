@@ -13,11 +13,11 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from .attention_steps import PANEL, attend, copy_raw_row, copy_row, finish, start, tiles, write_window, zero
+from .attention_steps import attend_token, tiles, write_window, zero
 
 
 def sliding_window_attention(heads: int, width: int, window_size: int, scale: float) -> PrimFunc:
-    """Attention over the last `window_size` raw rows, the token's own included (V4 paper, section 2.2).
+    """Attention over the last `window_size` raw rows, the token's own included (V4 paper, section 2.3).
 
     Arguments of the PrimFunc, float32 unless noted: q ``[B, S, heads, width]``, kv ``[B, S, width]``, window
     ``[B, window_size, width]`` (in place), sinks ``[heads]``, positions, lengths ``[B]`` int64, out as q. Outputs of
@@ -50,23 +50,10 @@ def sliding_window_attention(heads: int, width: int, window_size: int, scale: fl
             j: T.let = item % s
             first_head: T.let = item // (b * s) * T.int64(tile.head_block)
             if j < lengths[i]:
-                packed = T.alloc_buffer((T.int64(tile.width), T.int64(tile.head_block)), "float32")
-                panel = T.alloc_buffer((T.int64(PANEL), T.int64(tile.pitch)), "float32")
-                scores = T.alloc_buffer((T.int64(PANEL), T.int64(tile.head_block)), "float32")
-                peak = T.alloc_buffer((tile.head_block,), "float32", scope="local")
-                total = T.alloc_buffer((tile.head_block,), "float32", scope="local")
-                t: T.let = positions[i] + j
-                raw: T.let = T.min(t + T.int64(1), T.int64(window_size))
-                start(tile, scale, q, sinks, out, packed, peak, total, i, j, first_head)
-                for part in range((raw + T.int64(PANEL - 1)) // T.int64(PANEL)):
-                    count: T.let = T.min(raw - part * T.int64(PANEL), T.int64(PANEL))
-                    for r in range(count):
-                        copy_raw_row(
-                            tile, window_size, panel, r, kv, window, i, t + T.int64(1) - raw + part * T.int64(PANEL) + r,
-                            positions[i],
-                        )  # fmt: skip
-                    attend(tile, packed, panel, scores, peak, total, out, count, i, j, first_head)
-                finish(tile, total, out, i, j, first_head)
+                attend_token(
+                    tile, window_size, scale, q, kv, window, None, None, T.int64(0), sinks,
+                    positions[i], out, i, j, first_head,
+                )  # fmt: skip
             else:
                 zero(tile, out, i, j, first_head)
         write_window(tile, window_size, kv, window, positions, lengths, b)
@@ -75,7 +62,7 @@ def sliding_window_attention(heads: int, width: int, window_size: int, scale: fl
 
 
 def heavily_compressed_attention(heads: int, width: int, window_size: int, ratio: int, scale: float) -> PrimFunc:
-    """Attention over the raw window and every finished compressed row (HCA; V4 paper, section 2.2).
+    """Attention over the raw window and every finished compressed row (HCA; V4 paper, section 2.3).
 
     Arguments of the PrimFunc, float32 unless noted: q ``[B, S, heads, width]``, kv ``[B, S, width]``, window
     ``[B, window_size, width]`` (in place), rows ``[B, N, width]``, sinks ``[heads]``, positions, lengths ``[B]``
@@ -111,27 +98,11 @@ def heavily_compressed_attention(heads: int, width: int, window_size: int, ratio
             j: T.let = item % s
             first_head: T.let = item // (b * s) * T.int64(tile.head_block)
             if j < lengths[i]:
-                packed = T.alloc_buffer((T.int64(tile.width), T.int64(tile.head_block)), "float32")
-                panel = T.alloc_buffer((T.int64(PANEL), T.int64(tile.pitch)), "float32")
-                scores = T.alloc_buffer((T.int64(PANEL), T.int64(tile.head_block)), "float32")
-                peak = T.alloc_buffer((tile.head_block,), "float32", scope="local")
-                total = T.alloc_buffer((tile.head_block,), "float32", scope="local")
-                t: T.let = positions[i] + j
-                raw: T.let = T.min(t + T.int64(1), T.int64(window_size))
-                seen: T.let = raw + (t + T.int64(1)) // T.int64(ratio)
-                start(tile, scale, q, sinks, out, packed, peak, total, i, j, first_head)
-                for part in range((seen + T.int64(PANEL - 1)) // T.int64(PANEL)):
-                    count: T.let = T.min(seen - part * T.int64(PANEL), T.int64(PANEL))
-                    for r in range(count):
-                        at: T.let = part * T.int64(PANEL) + r
-                        if at < raw:
-                            copy_raw_row(
-                                tile, window_size, panel, r, kv, window, i, t + T.int64(1) - raw + at, positions[i]
-                            )
-                        else:
-                            copy_row(tile, panel, r, rows, i, at - raw)
-                    attend(tile, packed, panel, scores, peak, total, out, count, i, j, first_head)
-                finish(tile, total, out, i, j, first_head)
+                ready: T.let = (positions[i] + j + T.int64(1)) // T.int64(ratio)
+                attend_token(
+                    tile, window_size, scale, q, kv, window, rows, None, ready, sinks,
+                    positions[i], out, i, j, first_head,
+                )  # fmt: skip
             else:
                 zero(tile, out, i, j, first_head)
         write_window(tile, window_size, kv, window, positions, lengths, b)
@@ -140,7 +111,7 @@ def heavily_compressed_attention(heads: int, width: int, window_size: int, ratio
 
 
 def compressed_sparse_attention(heads: int, width: int, window_size: int, top_k: int, scale: float) -> PrimFunc:
-    """Attention over the raw window and the compressed rows that the indexer chose (CSA; V4 paper, section 2.2).
+    """Attention over the raw window and the compressed rows that the indexer chose (CSA; V4 paper, section 2.3).
 
     Arguments of the PrimFunc, float32 unless noted: q ``[B, S, heads, width]``, kv ``[B, S, width]``, window
     ``[B, window_size, width]`` (in place), rows ``[B, N, width]``, indices ``[B, S, top_k]`` int64 (negative: no row),
@@ -178,33 +149,16 @@ def compressed_sparse_attention(heads: int, width: int, window_size: int, top_k:
             j: T.let = item % s
             first_head: T.let = item // (b * s) * T.int64(tile.head_block)
             if j < lengths[i]:
-                packed = T.alloc_buffer((T.int64(tile.width), T.int64(tile.head_block)), "float32")
-                panel = T.alloc_buffer((T.int64(PANEL), T.int64(tile.pitch)), "float32")
-                scores = T.alloc_buffer((T.int64(PANEL), T.int64(tile.head_block)), "float32")
-                peak = T.alloc_buffer((tile.head_block,), "float32", scope="local")
-                total = T.alloc_buffer((tile.head_block,), "float32", scope="local")
                 chosen = T.alloc_buffer((T.int64(top_k),), "int64")
                 found: T.int64 = T.int64(0)
                 for a in range(T.int64(top_k)):
                     if indices[i, j, a] >= T.int64(0):
                         chosen[found] = indices[i, j, a]
                         found = found + T.int64(1)
-                t: T.let = positions[i] + j
-                raw: T.let = T.min(t + T.int64(1), T.int64(window_size))
-                seen: T.let = raw + found
-                start(tile, scale, q, sinks, out, packed, peak, total, i, j, first_head)
-                for part in range((seen + T.int64(PANEL - 1)) // T.int64(PANEL)):
-                    count: T.let = T.min(seen - part * T.int64(PANEL), T.int64(PANEL))
-                    for r in range(count):
-                        at: T.let = part * T.int64(PANEL) + r
-                        if at < raw:
-                            copy_raw_row(
-                                tile, window_size, panel, r, kv, window, i, t + T.int64(1) - raw + at, positions[i]
-                            )
-                        else:
-                            copy_row(tile, panel, r, rows, i, chosen[at - raw])
-                    attend(tile, packed, panel, scores, peak, total, out, count, i, j, first_head)
-                finish(tile, total, out, i, j, first_head)
+                attend_token(
+                    tile, window_size, scale, q, kv, window, rows, chosen, found, sinks,
+                    positions[i], out, i, j, first_head,
+                )  # fmt: skip
             else:
                 zero(tile, out, i, j, first_head)
         write_window(tile, window_size, kv, window, positions, lengths, b)

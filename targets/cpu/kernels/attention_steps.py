@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 from tvm.script import tirx as T
 
-from .common import vector_width
-from .vector_math import exp
+from .common import exp, vector_width
 
 PANEL = 64
 """Rows per panel: 128 KiB at the published width of 512."""
@@ -151,6 +150,37 @@ def finish(tile, total, out, i, j, first_head):
     for h in range(T.int64(tile.head_block)):
         for c in range(T.int64(tile.width)):
             out[i, j, first_head + h, c] = out[i, j, first_head + h, c] * inverse[h]
+
+
+@T.inline
+def attend_token(tile, window_size, scale, q, kv, window, rows, chosen, compressed, sinks, p, out, i, j, first_head):
+    """One work item: the token's last raw rows, then `compressed` compressed ones.
+
+    `rows` is None where there are none; `chosen` lists the compressed rows, or is None where they are the first ones.
+    """
+    packed = T.alloc_buffer((T.int64(tile.width), T.int64(tile.head_block)), "float32")
+    panel = T.alloc_buffer((T.int64(PANEL), T.int64(tile.pitch)), "float32")
+    scores = T.alloc_buffer((T.int64(PANEL), T.int64(tile.head_block)), "float32")
+    peak = T.alloc_buffer((tile.head_block,), "float32", scope="local")
+    total = T.alloc_buffer((tile.head_block,), "float32", scope="local")
+    t: T.let = p + j
+    raw: T.let = T.min(t + T.int64(1), T.int64(window_size))
+    seen: T.let = raw + compressed
+    start(tile, scale, q, sinks, out, packed, peak, total, i, j, first_head)
+    for part in range((seen + T.int64(PANEL - 1)) // T.int64(PANEL)):
+        count: T.let = T.min(seen - part * T.int64(PANEL), T.int64(PANEL))
+        for r in range(count):
+            at: T.let = part * T.int64(PANEL) + r
+            if at < raw:
+                copy_raw_row(tile, window_size, panel, r, kv, window, i, t + T.int64(1) - raw + at, p)
+            elif rows is None:
+                pass
+            elif chosen is None:
+                copy_row(tile, panel, r, rows, i, at - raw)
+            else:
+                copy_row(tile, panel, r, rows, i, chosen[at - raw])
+        attend(tile, packed, panel, scores, peak, total, out, count, i, j, first_head)
+    finish(tile, total, out, i, j, first_head)
 
 
 @T.inline

@@ -1,7 +1,7 @@
 """What the CPU kernels share: the vector width, sums over lanes, and the exponential and the functions made from it.
 
-Kernels hold their accumulators in explicit local vectors, because LLVM does not reassociate float sums; a vector here is
-one AVX-512 register of float32, which LLVM splits into two on narrower machines.
+Kernels hold their accumulators in explicit local vectors, because LLVM does not reassociate float sums; a vector here
+is one AVX-512 register of float32, which LLVM splits into two on narrower machines.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def clamped_swiglu(gate: Any, up: Any, limit: float) -> Any:
 
 
 @T.macro
-def sum_lanes(lanes, row, width):
+def sum_lanes(lanes: Any, row: Any, width: int) -> None:
     """Fold ``lanes[row, :width]`` into ``lanes[row, 0]``, halving; `width` is a power of two up to `VECTOR`."""
     if width >= 16:
         for v in T.vectorized(8):

@@ -12,13 +12,14 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from .common import vector_width
+from .common import exp, sum_lanes, vector_width
 from .rope import fill_angles
-from .vector_math import LOWEST, exp, tree_sum
+
+_LOWEST = -3.0e38  # start of a maximum: below every logit, and finite so that differences are
 
 
 def kv_compress(width: int, row_width: int, rotary_width: int, ratio: int, eps: float) -> PrimFunc:
-    """Pool, normalise and rotate the windows that become complete, then write the rings (V4 paper, section 2.2).
+    """Pool, normalise and rotate the windows that become complete, then write the rings (V4 paper, section 2.3).
 
     With ``width == 2 * row_width`` windows overlap (CSA): row w takes the first half of window w - 1's columns and the
     second half of window w's, and the rings hold ``Q = 2 * ratio`` tokens; otherwise ``Q = ratio``.
@@ -77,16 +78,16 @@ def kv_compress(width: int, row_width: int, rotary_width: int, ratio: int, eps: 
                 peak = T.alloc_buffer((vectors, lanes), "float32", scope="local")
                 total = T.alloc_buffer((vectors, lanes), "float32", scope="local")
                 pooled = T.alloc_buffer((vectors, lanes), "float32", scope="local")
-                squares = T.alloc_buffer((lanes,), "float32", scope="local")
+                squares = T.alloc_buffer((1, lanes), "float32", scope="local")
                 cosines = T.alloc_buffer((T.int64(half),), "float32")
                 sines = T.alloc_buffer((T.int64(half),), "float32")
                 begin: T.let = T.max(T.int64(0) - first, T.int64(0))
                 for v in T.vectorized(lanes):
-                    squares[v] = T.float32(0)
+                    squares[0, v] = T.float32(0)
                 for block in range(T.int64(row_width // strip)):
                     for u in T.unroll(vectors):
                         for v in T.vectorized(lanes):
-                            peak[u, v] = T.float32(LOWEST)
+                            peak[u, v] = T.float32(_LOWEST)
                             total[u, v] = T.float32(0)
                             pooled[u, v] = T.float32(0)
                     for slot in range(T.int64(ring) - begin):
@@ -137,11 +138,10 @@ def kv_compress(width: int, row_width: int, rotary_width: int, ratio: int, eps: 
                         for v in T.vectorized(lanes):
                             pooled[u, v] = pooled[u, v] / total[u, v]
                         for v in T.vectorized(lanes):
-                            squares[v] = squares[v] + pooled[u, v] * pooled[u, v]
+                            squares[0, v] = squares[0, v] + pooled[u, v] * pooled[u, v]
                             rows[i, w, block * T.int64(strip) + u * lanes + v] = pooled[u, v]
-                inverse: T.let = T.float32(1) / T.sqrt(
-                    tree_sum([squares[v] for v in range(lanes)]) / T.float32(row_width) + T.float32(eps)
-                )
+                sum_lanes(squares, 0, lanes)
+                inverse: T.let = T.float32(1) / T.sqrt(squares[0, 0] / T.float32(row_width) + T.float32(eps))
                 for d in range(T.int64(row_width)):
                     rows[i, w, d] = rows[i, w, d] * inverse * norm[d]
                 fill_angles(inv_freq, w * T.int64(ratio), cosines, sines, half)

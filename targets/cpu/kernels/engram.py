@@ -12,8 +12,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from .common import vector_width
-from .vector_math import sigmoid, tree_sum
+from .common import silu, sum_lanes, vector_width
 
 _GATE_FLOOR = 1e-6  # of |x| under the gate's signed square root
 
@@ -110,7 +109,7 @@ def engram_lookup(addresses: int, width: int, table_dtype: str = "float32") -> P
 
 
 def engram_gate_conv(streams: int, width: int, kernel: int, dilation: int, eps: float) -> PrimFunc:
-    """Gate the value per stream, convolve it causally, and add both to the streams (Engram paper, section 2.3).
+    """Gate the value per stream, convolve it causally, and add both to the streams (Engram paper, sections 2.3 and 2.4).
 
     Arguments of the PrimFunc, float32 unless noted, M = `streams`, D = `width`, Q = ``(kernel - 1) * dilation``:
     keys ``[B, S, M, D]``, value ``[B, S, D]``, streams ``[B, S, M, D]``, key_norm, stream_norm, conv_norm ``[M, D]``,
@@ -176,18 +175,18 @@ def engram_gate_conv(streams: int, width: int, kernel: int, dilation: int, eps: 
                     sums[3, v] = sums[3, v] + (keys[i, j, m, d + v] * key_norm[m, d + v]) * (
                         hidden[i, j, m, d + v] * stream_norm[m, d + v]
                     )
-            key_scale: T.let = tree_sum([sums[0, v] for v in range(lanes)]) / T.float32(width) + T.float32(eps)
-            hidden_scale: T.let = tree_sum([sums[1, v] for v in range(lanes)]) / T.float32(width) + T.float32(eps)
-            dot: T.let = tree_sum([sums[3, v] for v in range(lanes)]) / (
-                T.sqrt(key_scale) * T.sqrt(hidden_scale) * T.float32(width**0.5)
-            )
+            for x in T.unroll(4):
+                sum_lanes(sums, x, lanes)
+            key_scale: T.let = sums[0, 0] / T.float32(width) + T.float32(eps)
+            hidden_scale: T.let = sums[1, 0] / T.float32(width) + T.float32(eps)
+            dot: T.let = sums[3, 0] / (T.sqrt(key_scale) * T.sqrt(hidden_scale) * T.float32(width**0.5))
             root: T.let = T.sqrt(T.max(T.abs(dot), T.float32(_GATE_FLOOR)))
             # sign(0) is 0: a dot product of exactly zero gates by one half.
             signed: T.let = T.if_then_else(
                 dot > T.float32(0), root, T.if_then_else(dot < T.float32(0), T.float32(0) - root, T.float32(0))
             )
             gate: T.let = T.float32(1) / (T.float32(1) + T.exp(T.float32(0) - signed))
-            mean: T.let = tree_sum([sums[2, v] for v in range(lanes)]) / T.float32(width)
+            mean: T.let = sums[2, 0] / T.float32(width)
             gates[i, j, m] = gate
             factors[i, j, m] = gate / T.sqrt(gate * gate * mean + T.float32(eps))
 
@@ -231,7 +230,7 @@ def engram_gate_conv(streams: int, width: int, kernel: int, dilation: int, eps: 
                         out[i, j, m, d + u * lanes + v] = (
                             hidden[i, j, m, d + u * lanes + v]
                             + gates[i, j, m] * value[i, j, d + u * lanes + v]
-                            + acc[u, v] * sigmoid(acc[u, v])
+                            + silu(acc[u, v])
                         )
 
         for i in range(b):

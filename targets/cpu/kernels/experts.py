@@ -5,6 +5,7 @@ panel belongs to one thread, which adds up the experts in their order: the resul
 """
 
 # mypy: ignore-errors
+# ruff: noqa: B023
 # (TVMScript: the functions below are parsed by TVM, not run by Python.)
 
 from __future__ import annotations

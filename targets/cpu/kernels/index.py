@@ -13,55 +13,56 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from .common import VECTOR, sum_lanes
 from .selection import LOWEST_KEY, buffer_size, key, prune, push, write_ranked
-from .vector_math import tree_sum
 
-_LANES = 16
 _ITEMS = 16  # work items to make from few tokens: enough for the threads of a desktop, few enough to merge quickly
 _RANGE_ROWS = 512  # below this a range is not worth another transposition of the queries
 _ACCUMULATORS = 24  # vectors of AVX-512's 32 registers
 
 
 @T.inline
-def score_rows(tile, vectors, groups, width, packed, weights, index_rows, i, first, scores, scale):
+def score_rows(tile, vectors, groups, width, packed, weights, index_rows, i, first, scores):
     """``scores[r]`` of rows ``first + r``, r < tile: the weighted sum over heads of relu(q . k)."""
-    sums = T.alloc_buffer((tile, _LANES), "float32", scope="local")
+    sums = T.alloc_buffer((tile, VECTOR), "float32", scope="local")
     for r in T.unroll(tile):
-        for v in T.vectorized(_LANES):
+        for v in T.vectorized(VECTOR):
             sums[r, v] = T.float32(0)
     for group in range(T.int64(groups)):
-        dot = T.alloc_buffer((tile, vectors, _LANES), "float32", scope="local")
+        dot = T.alloc_buffer((tile, vectors, VECTOR), "float32", scope="local")
         for r in T.unroll(tile):
             for u in T.unroll(vectors):
-                for v in T.vectorized(_LANES):
+                for v in T.vectorized(VECTOR):
                     dot[r, u, v] = T.float32(0)
         for d in range(T.int64(width)):
             for r in T.unroll(tile):
                 for u in T.unroll(vectors):
-                    for v in T.vectorized(_LANES):
+                    for v in T.vectorized(VECTOR):
                         dot[r, u, v] = (
-                            dot[r, u, v] + index_rows[i, first + r, d] * packed[group, d, u * T.int64(_LANES) + v]
+                            dot[r, u, v] + index_rows[i, first + r, d] * packed[group, d, u * T.int64(VECTOR) + v]
                         )
         for r in T.unroll(tile):
             for u in T.unroll(vectors):
-                for v in T.vectorized(_LANES):
+                for v in T.vectorized(VECTOR):
                     sums[r, v] = (
-                        sums[r, v] + T.max(dot[r, u, v], T.float32(0)) * weights[group, u * T.int64(_LANES) + v]
+                        sums[r, v] + T.max(dot[r, u, v], T.float32(0)) * weights[group, u * T.int64(VECTOR) + v]
                     )
     for r in T.unroll(tile):
-        scores[r] = tree_sum([sums[r, v] for v in range(_LANES)]) * T.float32(scale)
+        sum_lanes(sums, r, VECTOR)
+        scores[r] = sums[r, 0]
 
 
 def lightning_index(heads: int, width: int, ratio: int, top_k: int) -> PrimFunc:
-    """The `top_k` best finished rows per token by ``sum_h w_h * relu(q_h . k)`` (V4 paper, section 2.2.1).
+    """The `top_k` best finished rows per token by ``sum_h w_h * relu(q_h . k)`` (V4 paper, section 2.3).
+
+    The paper's positive factor ``width**-0.5 * heads**-0.5`` is left out: it changes no order.
 
     Arguments of the PrimFunc: q ``[B, S, heads, width]``, weights ``[B, S, heads]``, index_rows ``[B, N, width]``
     float32, positions, lengths ``[B]`` int64, out ``[B, S, top_k]`` int64. The token at position t sees rows
     ``w < (t + 1) // ratio``, of which there must be fewer than 2^32; only those are read. Rows are in descending order
     of score, ties to the smaller row, then -1; a padding token gets -1 throughout.
     """
-    scale = float(width**-0.5 * heads**-0.5)
-    head_vectors = -(-heads // _LANES)
+    head_vectors = -(-heads // VECTOR)
     vectors = max(u for u in (1, 2, 3, 4) if head_vectors % u == 0)
     groups = head_vectors // vectors
     tile = _ACCUMULATORS // vectors
@@ -107,32 +108,32 @@ def lightning_index(heads: int, width: int, ratio: int, top_k: int) -> PrimFunc:
                     count: T.int64 = T.int64(0)
                     threshold: T.int64 = T.int64(LOWEST_KEY)
                     if begin < end:
-                        packed = T.alloc_buffer((groups, width, vectors * _LANES), "float32")
-                        head_weights = T.alloc_buffer((groups, vectors * _LANES), "float32")
+                        packed = T.alloc_buffer((groups, width, vectors * VECTOR), "float32")
+                        head_weights = T.alloc_buffer((groups, vectors * VECTOR), "float32")
                         scores = T.alloc_buffer((tile,), "float32")
                         # Heads beyond `heads` weigh nothing.
-                        for g, d, h in T.grid(T.int64(groups), T.int64(width), T.int64(vectors * _LANES)):
+                        for g, d, h in T.grid(T.int64(groups), T.int64(width), T.int64(vectors * VECTOR)):
                             packed[g, d, h] = T.float32(0)
-                        for g, h in T.grid(T.int64(groups), T.int64(vectors * _LANES)):
+                        for g, h in T.grid(T.int64(groups), T.int64(vectors * VECTOR)):
                             head_weights[g, h] = T.float32(0)
                         for h in range(T.int64(heads)):
                             for d in range(T.int64(width)):
-                                packed[h // T.int64(vectors * _LANES), d, h % T.int64(vectors * _LANES)] = q[i, j, h, d]
-                            head_weights[h // T.int64(vectors * _LANES), h % T.int64(vectors * _LANES)] = weights[
+                                packed[h // T.int64(vectors * VECTOR), d, h % T.int64(vectors * VECTOR)] = q[i, j, h, d]
+                            head_weights[h // T.int64(vectors * VECTOR), h % T.int64(vectors * VECTOR)] = weights[
                                 i, j, h
                             ]
                         full: T.let = (end - begin) // T.int64(tile)
                         for step in range(full):
                             first: T.let = begin + step * T.int64(tile)
                             score_rows(
-                                tile, vectors, groups, width, packed, head_weights, index_rows, i, first, scores, scale
+                                tile, vectors, groups, width, packed, head_weights, index_rows, i, first, scores
                             )
                             for r in range(T.int64(tile)):
                                 push(top_k, keys, count, threshold, key(scores[r], first + r))
                         for rest in range((end - begin) % T.int64(tile)):
                             last: T.let = begin + full * T.int64(tile) + rest
                             score_rows(
-                                1, vectors, groups, width, packed, head_weights, index_rows, i, last, scores, scale
+                                1, vectors, groups, width, packed, head_weights, index_rows, i, last, scores
                             )
                             push(top_k, keys, count, threshold, key(scores[0], last))
                     prune(top_k, keys, count, threshold)

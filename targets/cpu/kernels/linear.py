@@ -1,10 +1,11 @@
 """Dense projection with packed weights: one code path for a single token and for a prompt chunk.
 
-Work is cut into tasks of one panel and up to `ROWS_PER_TASK` rows, so that a panel is read from memory once for all those
-rows, and the reduction is cut into blocks that keep the panel in cache while blocks of rows pass over it.
+Work is cut into tasks of one panel and up to `ROWS_PER_TASK` rows, so that a panel is read from memory once for all
+those rows, and the reduction is cut into blocks that keep the panel in cache while blocks of rows pass over it.
 """
 
 # mypy: ignore-errors
+# ruff: noqa: B023
 # (TVMScript: the functions below are parsed by TVM, not run by Python.)
 
 from __future__ import annotations
@@ -58,55 +59,46 @@ def linear(n: int, k: int, weight_dtype: str = "float32") -> tvm.tirx.PrimFunc:
 def projection(groups: int, n: int, k: int) -> Callable:
     """A macro ``project(x, weight, y, rows)``: the loops of a projection of `groups` independent blocks.
 
-    The macro takes x ``[rows * groups, k]``, weight ``[groups * ceil(n / PANEL), k, PANEL]`` and y ``[rows * groups, n]``,
-    rows of one token's groups being neighbours.
+    The macro takes x ``[rows * groups, k]``, weight ``[groups * ceil(n / PANEL), k, PANEL]`` and y
+    ``[rows * groups, n]``; the groups of one token are neighbours.
     """
     count = panels(n)
     total = groups * count
     rows_per_task = NARROW_ROWS_PER_TASK
     if total >= NARROW_PANELS:
         rows_per_task = max(NARROW_ROWS_PER_TASK, min(ROWS_PER_TASK, INPUTS_PER_TASK // k // ROW_BLOCK * ROW_BLOCK))
-    tail = n % PANEL
-
-    @T.macro
-    def store(y, at, column, first, sums, r):
-        for c in T.unroll(VECTORS):
-            if first:
-                for v in T.vectorized(VECTOR):
-                    y[at, column + c * VECTOR + v] = sums[r * VECTORS + c, v]
-            else:
-                for v in T.vectorized(VECTOR):
-                    y[at, column + c * VECTOR + v] = y[at, column + c * VECTOR + v] + sums[r * VECTORS + c, v]
-
-    @T.macro
-    def store_tail(y, at, column, first, sums, r):
-        # A loop of scalars over `sums` itself would push the accumulators out of registers for every panel.
-        line = T.alloc_buffer((PANEL,), "float32", scope="local")
-        for c in T.unroll(VECTORS):
-            for v in T.vectorized(VECTOR):
-                line[c * VECTOR + v] = sums[r * VECTORS + c, v]
-        for c in range(tail):
-            if first:
-                y[at, column + c] = line[c]
-            else:
-                y[at, column + c] = y[at, column + c] + line[c]
 
     @T.macro
     def block(x, weight, y, panel, start, row, height):
         sums = T.alloc_buffer((height * sums_per_output(height, k) * VECTORS, VECTOR), "float32", scope="local")
+        line = T.alloc_buffer((PANEL,), "float32", scope="local")
         row_at = T.alloc_buffer((height,), "int64", scope="local")
         for r in T.unroll(height):
             row_at[r] = (row + r) * groups + panel // count
-        stop: T.int64 = T.min(start + K_BLOCK, k)
+        stop: T.int64 = T.min(start + K_BLOCK, T.int64(k))
+        column: T.int64 = panel % count * PANEL
         panel_product(sums, x, row_at, weight, panel, start, stop, height, sums_per_output(height, k))
         for r in T.unroll(height):
-            if tail == 0:
-                store(y, row_at[r], panel % count * PANEL, start == 0, sums, r)
+            if panel % count < n // PANEL:
+                for c in T.unroll(VECTORS):
+                    if start == 0:
+                        for v in T.vectorized(VECTOR):
+                            y[row_at[r], column + c * VECTOR + v] = sums[r * VECTORS + c, v]
+                    else:
+                        for v in T.vectorized(VECTOR):
+                            y[row_at[r], column + c * VECTOR + v] = (
+                                y[row_at[r], column + c * VECTOR + v] + sums[r * VECTORS + c, v]
+                            )
             else:
-                if panel % count < count - 1:
-                    store(y, row_at[r], panel % count * PANEL, start == 0, sums, r)
-                else:
-                    store_tail(y, row_at[r], panel % count * PANEL, start == 0, sums, r)
+                # A loop of scalars over `sums` itself would push the accumulators out of registers for every panel.
+                for c in T.unroll(VECTORS):
+                    for v in T.vectorized(VECTOR):
+                        line[c * VECTOR + v] = sums[r * VECTORS + c, v]
+                for c in range(n % PANEL):
+                    if start == 0:
+                        y[row_at[r], column + c] = line[c]
+                    else:
+                        y[row_at[r], column + c] = y[row_at[r], column + c] + line[c]
 
     @T.macro
     def project(x, weight, y, rows):

@@ -5,6 +5,7 @@ added in a fixed order, so the result depends neither on the threads nor on how 
 """
 
 # mypy: ignore-errors
+# ruff: noqa: B023
 # (TVMScript: the functions below are parsed by TVM, not run by Python.)
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ ROW_BLOCK = 4
 """Tokens per register block."""
 
 OUTPUT_BLOCK = 6
-"""Rows of `fn` per register block at most. All 24 at once would thrash: they lie a power of two apart, in the same cache
-sets. Six by `ROW_BLOCK` fill 24 registers and fit an L1 of eight ways or more."""
+"""Rows of `fn` per register block at most. All 24 at once would thrash: they lie a power of two apart, so in the same
+cache sets. Six by `ROW_BLOCK` fill 24 registers and fit an L1 of 12 ways."""
 
 
 def part_count(width: int) -> int:
@@ -39,30 +40,31 @@ def output_block(outputs: int) -> int:
 
 
 @T.macro
-def project_block(streams, fn, parts, row, height, part, output, outputs, columns, vector):
-    """Products of `height` tokens with ``fn[output : output + outputs]`` over vectors `columns` of the flattened streams."""
-    lanes = T.alloc_buffer((height * outputs, vector), "float32", scope="local")
-    for a in T.unroll(height * outputs):
+def project_block(streams, fn, parts, row, height, part, group, size, columns, width):
+    """Products of `height` tokens with the `group`-th `size` rows of `fn`, over the `columns` vectors of a part."""
+    vector = T.meta_var(vector_width(width))
+    lanes = T.alloc_buffer((height * size, vector), "float32", scope="local")
+    for a in T.unroll(height * size):
         for v in T.vectorized(vector):
             lanes[a, v] = T.float32(0)
     for j in range(columns):
-        for o in T.unroll(outputs):
+        for o in T.unroll(size):
             for r in T.unroll(height):
                 for v in T.vectorized(vector):
-                    lanes[r * outputs + o, v] = (
-                        lanes[r * outputs + o, v]
+                    lanes[r * size + o, v] = (
+                        lanes[r * size + o, v]
                         + streams[row + r, (part * PART_VECTORS + j) * vector + v]
-                        * fn[output + o, (part * PART_VECTORS + j) * vector + v]
+                        * fn[group * size + o, (part * PART_VECTORS + j) * vector + v]
                     )
     for r in T.unroll(height):
-        for o in T.unroll(outputs):
-            sum_lanes(lanes, r * outputs + o, vector)
-            parts[row + r, part, output + o] = lanes[r * outputs + o, 0]
+        for o in T.unroll(size):
+            sum_lanes(lanes, r * size + o, vector)
+            parts[row + r, part, group * size + o] = lanes[r * size + o, 0]
 
 
 @T.macro
 def square_block(streams, parts, row, part, output, columns, vector):
-    """The sum of squares of one token over vectors `columns` of the flattened streams."""
+    """The sum of squares of one token over the first `columns` vectors of a part."""
     lanes = T.alloc_buffer((1, vector), "float32", scope="local")
     for v in T.vectorized(vector):
         lanes[0, v] = T.float32(0)
@@ -95,10 +97,7 @@ def project_parts(streams, fn, parts, rows, outputs, width):
 
             @T.inline
             def block(row, height):
-                project_block(
-                    streams, fn, parts, row, height, part, group * output_block(outputs), output_block(outputs), columns,
-                    vector_width(width),
-                )  # fmt: skip
+                project_block(streams, fn, parts, row, height, part, group, output_block(outputs), columns, width)
 
             for i in range(count // ROW_BLOCK):
                 block(first + i * ROW_BLOCK, ROW_BLOCK)

@@ -1,7 +1,7 @@
-"""How weights lie in memory for the CPU kernels: panels of output rows, each panel contiguous with the reduction inside.
+"""How weights lie in memory for the CPU kernels: in panels of output rows, contiguous, one column after the other.
 
-A matrix-vector product then reads every panel as one sequential stream, and a product of many rows reuses one panel from
-cache. Packing is done once, when a model is compiled, with NumPy alone.
+A matrix-vector product then reads every panel as one sequential stream, and a product of many rows reuses one panel
+from cache. Packing is done once, when a model is compiled, with NumPy alone.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import numpy as np
 PANEL = 32
 """Output rows per panel: two AVX-512 vectors of float32, one cache line of bfloat16.
 
-Measured on 4096 x 4096: 32 and 64 run at the memory's speed for one row and at the same share of peak for 256 rows; 16 is
-a quarter slower at 256 rows. 32 pads narrow outputs least.
+Measured on 4096 x 4096: 32 and 64 run at the memory's speed for one row and equally fast for 256 rows; 16 is a quarter
+slower at 256 rows. Of the two, 32 pads narrow outputs less.
 """
 
 

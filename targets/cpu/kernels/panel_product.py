@@ -19,7 +19,7 @@ VECTORS = PANEL // VECTOR
 """Vectors per row of a panel."""
 
 ROW_BLOCK = 8
-"""Rows in the largest block; what remains is done in blocks of 4, 2 and 1."""
+"""Rows in the largest block; `row_blocks` does what remains in blocks of 4, 2 and 1."""
 
 
 def sums_per_output(rows: int, k: int) -> int:
