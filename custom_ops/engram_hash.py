@@ -85,11 +85,12 @@ def EngramHash(
     two = op.Constant(value_ints=[2])
     last = op.Constant(value_ints=[-1])
     slots, row_positions, source, target = RingIndices(history, input_ids, positions, lengths)
-    ids = op.Gather(lookup, input_ids)
+    # GatherND, not Gather: shape inference would try to propagate the lookup's data, which may be external.
+    ids = op.GatherND(lookup, op.Unsqueeze(input_ids, two))
     rows = op.Concat(op.GatherND(history, slots, batch_dims=1), ids, axis=1)
     history_out = op.ScatterND(history, target, op.GatherND(rows, source))
 
-    pad = op.Gather(lookup, op.Constant(value_int=pad_id))
+    pad = op.GatherND(lookup, op.Unsqueeze(op.Constant(value_int=pad_id), zero))
     known = op.Unsqueeze(op.Where(op.Less(row_positions, zero), pad, rows), two)
     size = op.Shape(history, start=1)
     chunk = op.Shape(input_ids, start=1)

@@ -91,7 +91,9 @@ class _Assembler:
         return self.emit(part.function.name, PART_DOMAIN, arguments, {}, outputs)
 
 
-def build(config: ModelConfig, *, all_logits: bool = False, dtype: str = "f32", progress: Progress | None = None) -> ir.Model:
+def build(
+    config: ModelConfig, *, all_logits: bool = False, dtype: str = "f32", progress: Progress | None = None
+) -> ir.Model:
     """The ONNX model of `config`, weights as graph inputs without data.
 
     Args:
@@ -116,9 +118,7 @@ def build(config: ModelConfig, *, all_logits: bool = False, dtype: str = "f32", 
         "positions": graph.input("positions", ir.DataType.INT64, ["batch"]),
         "lengths": graph.input("lengths", ir.DataType.INT64, ["batch"]),
     }
-    past = {
-        s.path: graph.input(f"past.{s.path}", _IR_TYPES[s.dtype], cache_shape(s)) for s in model_caches(config)
-    }
+    past = {s.path: graph.input(f"past.{s.path}", _IR_TYPES[s.dtype], cache_shape(s)) for s in model_caches(config)}
     constants = {r: _constant(f"rope.{r}.inv_freq", inv_freq(config, r)) for r in ("main", "compress")}
     streams_type = ir.TensorType(ir.DataType.FLOAT)
     streams_shape: list[str | int] = ["batch", "chunk", config.hc_mult, config.hidden_size]
@@ -144,7 +144,7 @@ def build(config: ModelConfig, *, all_logits: bool = False, dtype: str = "f32", 
     logits.shape = _logits_shape(config, all_logits)
 
     functions = [p.function for p in (embed, *parts.values(), head)]
-    functions += [f for f in _op_functions(functions)]
+    functions += _op_functions(functions)
     opsets = {"": ONNX_OPSET, DOMAIN: OPSET_VERSION, PART_DOMAIN: 1}
     for function in functions:
         function.opset_imports.update(opsets)
@@ -195,9 +195,7 @@ def check_destination(path: Path) -> None:
 
 def _constant(name: str, array: np.ndarray) -> ir.Value:
     tensor = ir.tensor(array, name=name)
-    return ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
-    )
+    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
 
 
 def _op_functions(parts: list[ir.Function]) -> list[ir.Function]:
@@ -220,7 +218,8 @@ def attach_weights(model: ir.Model, source: WeightSource, progress: Progress | N
     values = {str(v.name): v for v in model.graph.inputs if v.name in names}
     for name, value in values.items():
         model.graph.inputs.remove(value)
-        assert value.dtype is not None and value.shape is not None
+        assert value.dtype is not None
+        assert value.shape is not None
         value.const_value = _lazy(source, name, value.dtype, value.shape, progress)
         model.graph.register_initializer(value)
 
@@ -248,7 +247,7 @@ def save(model: ir.Model, path: Path) -> None:
             ir.save(model, Path(folder) / path.name, external_data=data_name, size_threshold_bytes=1024)
             for name in (data_name, path.name):
                 written = Path(folder) / name
-                if written.exists():
+                if written.exists() and written.stat().st_size > 0:  # no weights leave an empty data file
                     with written.open("rb") as file:
                         os.fsync(file.fileno())
                     written.replace(path.parent / name)

@@ -59,7 +59,9 @@ def layer_kind(config: ModelConfig, layer: int) -> str:
 def trace_embedding(config: ModelConfig) -> Part:
     """``input_ids -> streams``."""
     batch, chunk = _dims("batch", "chunk")
-    return _trace("Embed", lambda: Embedding(config), {"input_ids": _ids(2, 7)}, {"input_ids": (batch, chunk)}, ["streams"])
+    return _trace(
+        "Embed", lambda: Embedding(config), {"input_ids": _ids(2, 7)}, {"input_ids": (batch, chunk)}, ["streams"]
+    )
 
 
 def trace_head(config: ModelConfig, all_logits: bool) -> Part:

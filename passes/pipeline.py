@@ -60,9 +60,7 @@ class PassOptions:
     observe: Callable[[int, str, Any], None] | None = None
 
     @classmethod
-    def checked(
-        cls, disabled: Collection[str], observe: Callable[[int, str, Any], None] | None = None
-    ) -> PassOptions:
+    def checked(cls, disabled: Collection[str], observe: Callable[[int, str, Any], None] | None = None) -> PassOptions:
         """Options with names checked; UnsupportedError lists the passes that can be switched off."""
         known = [p.name for p in PHASES if p.optional]
         for name in disabled:

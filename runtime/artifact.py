@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from v4c.errors import ArtifactError, InputError, UnsupportedError
 from v4c.runtime.dtypes import DTYPES
 from v4c.runtime.library import installed_tvm_version, one_line
 from v4c.runtime.manifest import MANIFEST_NAME, Manifest, StoredWeight, Target
 from v4c.runtime.tensors import tensor_over
-
-from v4c.errors import ArtifactError, InputError, UnsupportedError
 
 _MAP_NORESERVE = 0x4000  # Linux, x86 and Arm; Python's mmap names it from 3.13 on
 

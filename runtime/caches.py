@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+
+from v4c.errors import InputError
 from v4c.runtime.dtypes import DTYPES
 from v4c.runtime.manifest import CacheSpec
 from v4c.runtime.tensors import aligned_zeros, tensor_over
-
-from v4c.errors import InputError
 
 
 class Caches:

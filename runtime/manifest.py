@@ -14,10 +14,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from v4c.errors import ArtifactError
 from v4c.runtime.dtypes import DTYPES
 from v4c.runtime.fields import Fields
-
-from v4c.errors import ArtifactError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"

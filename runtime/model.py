@@ -8,6 +8,8 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+
+from v4c.errors import InputError
 from v4c.runtime.artifact import Artifact
 from v4c.runtime.inputs import checked_count, integer_array
 from v4c.runtime.library import Program, start_runtime
@@ -15,8 +17,6 @@ from v4c.runtime.manifest import Manifest, Target
 from v4c.runtime.sampling import Sampler
 from v4c.runtime.session import Session
 from v4c.runtime.text import Tokenizer
-
-from v4c.errors import InputError
 
 
 def load(path: str | os.PathLike[str], *, threads: int | None = None, verify: str = "all") -> Model:

@@ -6,9 +6,9 @@ import math
 from numbers import Real
 
 import numpy as np
-from v4c.runtime.inputs import checked_count
 
 from v4c.errors import Error, InputError
+from v4c.runtime.inputs import checked_count
 
 
 class Sampler:

@@ -12,6 +12,8 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+
+from v4c.errors import ArtifactError, Error, InputError
 from v4c.runtime.caches import Caches
 from v4c.runtime.inputs import (
     check_capacity,
@@ -24,8 +26,6 @@ from v4c.runtime.inputs import (
 from v4c.runtime.library import Program, one_line
 from v4c.runtime.manifest import Manifest
 from v4c.runtime.tensors import aligned_zeros, array_over, tensor_over
-
-from v4c.errors import ArtifactError, Error, InputError
 
 _INT64 = np.dtype(np.int64)
 

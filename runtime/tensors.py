@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
 from v4c.runtime.dtypes import DTYPES
 from v4c.runtime.library import import_ffi
 from v4c.runtime.manifest import ALIGNMENT

@@ -18,11 +18,11 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+
+from v4c.errors import ArtifactError, OutputError
 from v4c.runtime.dtypes import DTYPES
 from v4c.runtime.manifest import MANIFEST_NAME, Manifest, StoredFile, StoredWeight, WeightSpec
 from v4c.runtime.shards import Shard, plan_shards
-
-from v4c.errors import ArtifactError, OutputError
 
 _PIECE = 16 << 20  # bytes hashed and written at a time, so that a weight passes through the cache once
 

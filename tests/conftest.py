@@ -1,8 +1,11 @@
-"""What tests of several rooms share: a model of a few hundred kilobytes, as config, checkpoint and artifact."""
+"""What tests of several rooms share: a model of about a megabyte, as config, checkpoint and artifact."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +16,12 @@ os.environ.setdefault("TVM_NUM_THREADS", "2")  # read once, when TVM is first lo
 from v4c.frontend.config import ModelConfig
 from v4c.frontend.presets import preset
 
+V4C = Path(sys.executable).with_name("v4c")
+
 
 @pytest.fixture(scope="session")
 def tiny_config() -> ModelConfig:
-    """Every kind of layer and router once; the ratios are the published ones."""
+    """One layer of each attention, both routers; the compress ratios are the published ones."""
     return replace(
         preset("v4-nano"),
         vocab_size=320,
@@ -35,33 +40,54 @@ def tiny_config() -> ModelConfig:
         index_head_dim=16,
         index_topk=16,
         max_position_embeddings=4096,
+        bos_token_id=0,
         eos_token_ids=(1,),
     )
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with random float32 weights of `tiny_config`; tests that change it work on a copy."""
+    """A folder with random float32 weights of `tiny_config` and a tokenizer of single bytes (byte b is id b + 2).
+
+    Tests that change it work on a copy.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
     from v4c.frontend.initialise import initialise
 
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     initialise(tiny_config, folder, seed=7)
+    vocabulary = {"<bos>": 0, "<eos>": 1}
+    # ByteLevel writes printable bytes as themselves and the others, in order, as characters from U+0100 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    for byte in range(256):
+        vocabulary[chr(byte) if byte in printable else chr(next(others))] = byte + 2
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<bos>", "<eos>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tiny_checkpoint` compiled for this machine's CPU; tests that change it work on a copy."""
-    import v4c
-
-    path = tmp_path_factory.mktemp("artifact") / "tiny.v4c"
-    v4c.compile(tiny_checkpoint, path)
+    """`tiny_checkpoint` compiled for this machine's CPU, by the command; tests that change it work on a copy."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # all workers share one: compiling takes half a minute
+        shared = shared.parent
+    path = shared / "tiny.v4c"
+    with (shared / "tiny.v4c.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            subprocess.run([V4C, "compile", "-m", tiny_checkpoint, "-o", path], check=True)
     return path
 
 
 @pytest.fixture(scope="session")
 def tiny_engram(tiny_config: ModelConfig) -> ModelConfig:
-    """`tiny_config` with an Engram layer."""
+    """`tiny_config` with Engram layers."""
     from v4c.frontend.presets import with_engram
 
     return with_engram(tiny_config)

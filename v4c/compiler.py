@@ -1,7 +1,7 @@
 """The compile driver: a checkpoint or an ONNX file in, an artifact out.
 
-The graph is imported three times - prompt chunks, prompt chunks with the logits of every token, single tokens - into one
-module with shared kernels; the target builds it; then weights are packed and written one by one.
+The graph is imported three times - prompt chunks, prompt chunks with the logits of every token, single tokens - into
+one module with shared kernels; the target builds it; then weights are packed and written one by one.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from v4c.errors import CheckpointError, OutputError, UnsupportedError
 from v4c.frontend.config import ModelConfig
 from v4c.frontend.model.caches import CacheSpec, model_caches
 from v4c.frontend.model.model import WeightSource
-from v4c.frontend.onnx_export import Progress, build, set_head
+from v4c.frontend.onnx_export import Progress, build, cache_shape, set_head
 from v4c.passes.pipeline import PassOptions
 from v4c.passes.relax.importer import Importer
 from v4c.passes.relax.layouts import WeightSpec
 from v4c.runtime import manifest as artifact
+from v4c.runtime.library import choose_threads
 from v4c.runtime.writer import ArtifactWriter
 from v4c.targets import Target
 
@@ -82,12 +83,13 @@ def plan(source: WeightSource | ModelConfig | OnnxSource, *, target: str, dtype:
         "tensors": len(packed),
         "weight_bytes": sum(w.nbytes for w in packed),
         "largest_tensor_bytes": max(w.nbytes for w in packed),
-        "caches": [{"name": c.path, "shape": _dims(c)} for c in model_caches(config)],
+        "caches": [{"name": c.path, "dtype": c.dtype, "shape": cache_shape(c)} for c in model_caches(config)],
     }
 
 
 def lower(model: ir.Model, config: ModelConfig, device: Target, matrix_dtype: str) -> tuple[Any, list[WeightSpec]]:
     """The Relax module with the three entry points, and the weights they take, in order."""
+    choose_threads()  # before TVM makes its workers: the artifact may be run in this same process
     names = frozenset(json.loads(model.metadata_props["v4c.weights"]))
     importer = Importer(model, device.kernels, names, matrix_dtype)
     set_head(model, config, all_logits=False)

@@ -73,7 +73,8 @@ def verify(
         progress: called with (what is being done, readings done, readings in all).
 
     Raises:
-        InputError: a count below 1, or the source's config is not the artifact's (the message names the key).
+        InputError: a count below 1, more tokens than the model can hold, or a source whose config is not the artifact's
+            (the message names the key).
         ArtifactError, CheckpointError, ConfigError: either cannot be loaded, or the reference's logits are not finite.
     """
     from v4c.runtime.model import load
@@ -84,6 +85,11 @@ def verify(
     weights = open_source(source)
     model = load(artifact)
     check_configs(weights.config, model)
+    if prompt_tokens + decode_tokens > model.max_context:
+        raise InputError(
+            f"prompt_tokens and decode_tokens: expected at most {model.max_context} together, "
+            f"found {prompt_tokens + decode_tokens}"
+        )
     generator = np.random.default_rng(seed)
     tokens = generator.integers(0, model.vocab_size, prompt_tokens + decode_tokens)
 

@@ -1,4 +1,4 @@
-"""Engram, conditional memory by n-gram lookup (arXiv 2601.07372), added to the streams before the attention sublayer."""
+"""Engram, conditional memory by n-gram lookup (arXiv 2601.07372), added to the streams before the attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixture of experts: routers (top-k or by token hash), routed experts and the shared expert, under checkpoint names."""
+"""Mixture of experts: routers (top-k or by token hash), routed experts, shared expert; named as in checkpoints."""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ size does not grow with depth. Shape arithmetic is evaluated here, on symbolic i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from tvm import relax, tirx
 from v4c.custom_ops import DOMAIN, OPS, CustomOp, TensorSpec
 from v4c.errors import UnsupportedError
 
-from .layouts import MATRIX_LAYOUTS, Layout, WeightSpec, layout_of, uses
+from .layouts import MATRIX_LAYOUTS, WeightSpec, layout_of, uses
 from .operators import CONVERTERS, Shape
 
 
@@ -96,7 +97,7 @@ class Importer:
         return self._kernel_vars[key]
 
     def import_main(self, name: str, bindings: Mapping[str, int] | None = None) -> ImportedFunction:
-        """Import the main graph as public function `name`; `bindings` fixes symbolic dimensions, e.g. ``chunk`` to 1."""
+        """Import the main graph as public function `name`; `bindings` fixes symbolic dims, e.g. ``chunk`` to 1."""
         graph, dims = self.model.graph, _Dims(bindings or {})
         consumers = uses(graph)
         inputs = [v for v in graph.inputs if v.name not in self.weight_names]
@@ -157,7 +158,7 @@ class Importer:
         for constant, value in constants.items():
             assert value.const_value is not None
             env[constant] = value.const_value.numpy()
-        with self.builder.function(name, parameters, private=private):
+        with self._scope(name, parameters, private):
             with self.builder.dataflow():
                 for node in nodes:
                     self._node(node, env, dims)
@@ -166,6 +167,16 @@ class Importer:
             var = self.builder.emit_func_output(out)
         names = [str(v.name) for v in inputs], [str(v.name) for v in outputs]
         return ImportedFunction(name, *names, [w for _, w in weights], var)
+
+    @contextlib.contextmanager
+    def _scope(self, name: str, parameters: list[Any], private: bool) -> Iterator[None]:
+        """The builder's function scope; an error closes its last block, which TVM's own scope leaves open."""
+        try:
+            with self.builder.function(name, parameters, private=private):
+                yield
+        except BaseException:
+            self.builder._end_block()
+            raise
 
     def _node(self, node: ir.Node, env: dict[str, Any], dims: _Dims) -> None:
         args = [env[str(v.name)] if v is not None else None for v in node.inputs]

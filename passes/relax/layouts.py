@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import onnx_ir as ir
@@ -16,7 +16,7 @@ import onnx_ir as ir
 from v4c.custom_ops import DOMAIN
 
 
-class Layout(str, Enum):
+class Layout(StrEnum):
     """What a weight is used as."""
 
     PLAIN = "plain"  # any shape, float32 or int64

@@ -77,7 +77,7 @@ def dims_of(value: Any) -> list[Any]:
 
 @converter("Constant")
 def _constant(importer: Importer, args: list[Any], attributes: dict[str, Any], outputs: int) -> list[Any]:
-    (name, value), = attributes.items()
+    ((name, value),) = attributes.items()
     if name == "value":
         return [value]
     dtype = np.float32 if "float" in name else np.int64
@@ -199,9 +199,7 @@ def _expand(importer: Importer, args: list[Any], attributes: dict[str, Any], out
     dims, target = dims_of(args[0]), integers(args[1])
     # ONNX broadcasts both ways: a 1 in the target keeps the input's dimension.
     missing = len(target) - len(dims)
-    merged = [
-        dims[i - missing] if i >= missing and isinstance(t, int) and t == 1 else t for i, t in enumerate(target)
-    ]
+    merged = [dims[i - missing] if i >= missing and isinstance(t, int) and t == 1 else t for i, t in enumerate(target)]
     return [importer.builder.emit(R.broadcast_to(importer.tensor(args[0]), [expression(d) for d in merged]))]
 
 
@@ -211,7 +209,8 @@ def _slice(importer: Importer, args: list[Any], attributes: dict[str, Any], outp
     shape = as_shape(args[0])
     if shape is not None:
         return [Shape(shape[starts[0] : ends[0]])]
-    axes = integers(args[3]) if len(args) > 3 else list(range(len(starts)))
+    rank = len(dims_of(args[0]))
+    axes = [a % rank for a in integers(args[3])] if len(args) > 3 else list(range(len(starts)))
     steps = integers(args[4]) if len(args) > 4 else [1] * len(starts)
     x = importer.tensor(args[0])
     return [importer.builder.emit(R.strided_slice(x, axes, starts, ends, steps, assume_inbound=False))]

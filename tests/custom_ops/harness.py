@@ -12,6 +12,7 @@ import onnxruntime as ort
 import torch
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
+
 from v4c.custom_ops.base import DOMAIN, ONNX_OPSET, OPSET_VERSION, CustomOp, TensorSpec
 
 torch.set_num_threads(1)

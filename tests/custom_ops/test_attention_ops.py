@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from v4c.custom_ops import OPS
 
 from tests.custom_ops.harness import OnnxOp, plans, spec, to_torch
+from v4c.custom_ops import OPS
 
 HEADS, WIDTH, WINDOW, RATIO, CHOSEN, CAPACITY, SCALE = 2, 5, 4, 3, 3, 16, 0.4
 ATTRIBUTES: dict[str, dict[str, int | float]] = {

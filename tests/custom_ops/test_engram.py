@@ -17,11 +17,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
+
+from tests.custom_ops.harness import OnnxOp, spec
 from v4c.custom_ops.engram_gate_conv import ENGRAM_GATE_CONV, engram_gate_conv
 from v4c.custom_ops.engram_hash import ENGRAM_HASH, engram_hash
 from v4c.custom_ops.engram_lookup import ENGRAM_LOOKUP, engram_lookup
-
-from tests.custom_ops.harness import OnnxOp, spec
 
 VOCAB = 13
 EPS = 1e-6

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
-from v4c.custom_ops.grouped_experts import GROUPED_EXPERTS, grouped_experts
 
 from tests.custom_ops.harness import OnnxOp, spec
+from v4c.custom_ops.grouped_experts import GROUPED_EXPERTS, grouped_experts
 
 seeds = st.integers(0, 2**32 - 1)
 limits = st.sampled_from([0.5, 10.0])

@@ -14,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection, DeepseekV4HyperHead
+
+from tests.custom_ops.harness import OnnxOp, spec
 from v4c.custom_ops.mhc_head import MHC_HEAD, mhc_head
 from v4c.custom_ops.mhc_post import MHC_POST, mhc_post
 from v4c.custom_ops.mhc_pre import MHC_PRE, mhc_pre
-
-from tests.custom_ops.harness import OnnxOp, spec
 
 NORM_EPS = 1e-6
 seeds = st.integers(0, 2**32 - 1)

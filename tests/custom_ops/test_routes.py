@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HashRouter, DeepseekV4TopKRouter
-from v4c.custom_ops.hash_route import HASH_ROUTE, hash_route
-from v4c.custom_ops.topk_route import TOPK_ROUTE, topk_route
 
 from tests.custom_ops.harness import OnnxOp, spec
+from v4c.custom_ops.hash_route import HASH_ROUTE, hash_route
+from v4c.custom_ops.topk_route import TOPK_ROUTE, topk_route
 
 SCALING = 2.5
 seeds = st.integers(0, 2**32 - 1)

@@ -16,9 +16,9 @@ import onnx.inliner
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
-from v4c.custom_ops import OPS, TensorSpec
 
 from tests.custom_ops.harness import OnnxOp, new_session, spec
+from v4c.custom_ops import OPS, TensorSpec
 
 BATCH, CAPACITY, VOCAB = 3, 20, 40
 LENGTHS = np.array([[5, 0, 3], [1, 9, 2], [0, 1, 4], [7, 6, 0], [3, 8, 9], [1, 1, 1]])

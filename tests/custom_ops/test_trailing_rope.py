@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from v4c.custom_ops import OPS
 
 from tests.custom_ops.harness import OnnxOp, spec, to_torch
+from v4c.custom_ops import OPS
 
 OP = OPS["TrailingRope"]
 SPECS = {

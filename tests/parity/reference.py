@@ -81,9 +81,7 @@ def random_hf_model(config: DeepseekV4Config, seed: int) -> DeepseekV4ForCausalL
             tensor.copy_(0.2 * noise)
         elif name.endswith(("sinks", "position_bias", "base")) or "embed" in name:
             tensor.copy_(noise)
-        elif name.endswith("fn"):
-            tensor.copy_(noise / math.sqrt(tensor.shape[-1]))
-        elif "lm_head" in name:
+        elif name.endswith("fn") or "lm_head" in name:
             tensor.copy_(noise / math.sqrt(tensor.shape[-1]))
         else:
             tensor.copy_(1.5 * noise / math.sqrt(tensor.shape[-1]))

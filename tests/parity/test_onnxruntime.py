@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import v4c
+from tests.parity.onnx_session import empty_caches, metadata, open_session
 from tests.parity.reference import StateDictSource, random_hf_config, random_hf_model
 from v4c.frontend.config import ModelConfig
 from v4c.frontend.initialise import RandomCheckpoint
@@ -45,30 +46,6 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(path, ids, expected)
 
 
-def empty_caches(path: Path) -> dict[str, np.ndarray]:
-    """Caches as the file's own metadata describes them."""
-    model = onnx.load(path, load_external_data=False)
-    specs = json.loads(next(p.value for p in model.metadata_props if p.key == "v4c.caches"))
-    caches = {}
-    for spec in specs:
-        shape = [
-            2 if d == "batch" else -(-CAPACITY // int(d.removeprefix("rows"))) if isinstance(d, str) else d
-            for d in spec["shape"]
-        ]
-        caches[f"past.{spec['name']}"] = np.zeros(shape, spec["dtype"])
-    return caches
-
-
-def open_session(path: Path, parallel: bool = False, optimise: bool = True) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 2
-    options.execution_mode = ort.ExecutionMode.ORT_PARALLEL if parallel else ort.ExecutionMode.ORT_SEQUENTIAL
-    levels = ort.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
-    return ort.InferenceSession(path, options)
-
-
 def steps(case: Case) -> list[tuple[int, int]]:
     """(start, length) of a prompt in two chunks, then single tokens."""
     return [(0, 50), (50, PROMPT - 50)] + [(PROMPT + i, 1) for i in range(STEPS)]
@@ -77,7 +54,7 @@ def steps(case: Case) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("optimise", [True, False])
 @pytest.mark.parametrize("parallel", [False, True])
 def test_separate_caches(case: Case, parallel: bool, optimise: bool) -> None:
-    session, caches = open_session(case.path, parallel, optimise), empty_caches(case.path)
+    session, caches = open_session(case.path, parallel, optimise), empty_caches(case.path, 2, CAPACITY)
     for start, length in steps(case)[: 12 if not optimise else None]:
         feed = {
             "input_ids": case.ids[:, start : start + length],
@@ -94,7 +71,7 @@ def test_separate_caches(case: Case, parallel: bool, optimise: bool) -> None:
 def test_aliased_caches(case: Case, parallel: bool, optimise: bool) -> None:
     """One buffer as past and present."""
     session = open_session(case.path, parallel, optimise)
-    buffers = {k: ort.OrtValue.ortvalue_from_numpy(v) for k, v in empty_caches(case.path).items()}
+    buffers = {k: ort.OrtValue.ortvalue_from_numpy(v) for k, v in empty_caches(case.path, 2, CAPACITY).items()}
     for start, length in steps(case)[: 12 if not optimise else None]:
         binding = session.io_binding()
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(case.ids[:, start : start + length]))
@@ -110,7 +87,7 @@ def test_aliased_caches(case: Case, parallel: bool, optimise: bool) -> None:
 
 
 def test_rows_at_different_positions(case: Case) -> None:
-    session, caches = open_session(case.path), empty_caches(case.path)
+    session, caches = open_session(case.path), empty_caches(case.path, 2, CAPACITY)
     rng, position = np.random.default_rng(5), np.zeros(2, np.int64)
     while (position < PROMPT).any():
         lengths = np.minimum(rng.integers(0, 20, 2), PROMPT - position)
@@ -134,7 +111,7 @@ def test_checker_and_strict_shape_inference(case: Case) -> None:
 
 def test_one_named_node_per_custom_op(case: Case) -> None:
     model = onnx.load(case.path, load_external_data=False)
-    config = ModelConfig.from_dict(json.loads(next(p.value for p in model.metadata_props if p.key == "v4c.config")))
+    config = ModelConfig.from_dict(json.loads(metadata(case.path, "v4c.config")))
     bodies = {f.name: f for f in model.functions if f.domain == "v4c.parts"}
     counts: dict[str, int] = {}
     for call in model.graph.node:

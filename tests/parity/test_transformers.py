@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import DeepseekV4Config
 
 import v4c
+from tests.parity.margins import choices_are_clear
 from tests.parity.reference import StateDictSource, random_chunks, random_hf_config, random_hf_model
 
 TOLERANCE = 1e-3  # logits have a standard deviation near 1
@@ -30,18 +33,26 @@ class Case:
 
 @pytest.fixture(scope="module", params=[0, 1, 2])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    seed = 1000 + request.param
-    config = random_hf_config(seed, published_ratios=request.param == 0)
-    reference = random_hf_model(config, seed)
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(0, config.vocab_size, (3, LENGTH))
+    config = random_hf_config(1000 + request.param, published_ratios=request.param == 0)
+    reference, source, ids, rng = clear_model(config, seed=1000 * request.param)
     with torch.no_grad():
         expected = reference(torch.from_numpy(ids), use_cache=False).logits.numpy()
+    best = np.sort(expected, axis=-1)
+    assert (best[..., -1] - best[..., -2] > 2 * TOLERANCE).mean() > 0.9, "most argmaxes are beyond rounding"
     assert 0.3 < expected.std() < 3, "weights are scaled so that logits have a standard deviation near 1"
     path: Path = tmp_path_factory.mktemp("parity") / "model.v4c"
-    source = StateDictSource.of(reference)
     v4c.compile(source, path)
     return Case(v4c.load(path), source, ids, expected, rng)
+
+
+def clear_model(config: DeepseekV4Config, seed: int) -> tuple[Any, StateDictSource, np.ndarray, np.random.Generator]:
+    """Random weights and ids on which no top-k choice is within rounding; usually the first or second draw."""
+    for attempt in range(seed, seed + 20):
+        reference, rng = random_hf_model(config, attempt), np.random.default_rng(attempt)
+        source, ids = StateDictSource.of(reference), rng.integers(0, config.vocab_size, (3, LENGTH))
+        if choices_are_clear(source, ids):
+            return reference, source, ids, rng
+    raise AssertionError(f"20 draws of weights from seed {seed}, each with a choice within rounding")
 
 
 def check(found: np.ndarray, expected: np.ndarray) -> None:
@@ -49,7 +60,6 @@ def check(found: np.ndarray, expected: np.ndarray) -> None:
     assert np.abs(found - expected).max() <= TOLERANCE
     best = np.sort(expected, axis=-1)
     clear = best[..., -1] - best[..., -2] > 2 * TOLERANCE
-    assert clear.mean() > 0.9
     assert (found.argmax(-1) == expected.argmax(-1))[clear].all()
 
 
@@ -125,5 +135,5 @@ def test_fork_continues_on_its_own(case: Case) -> None:
     for t in range(131, 171):
         check(session.decode(case.ids[:, t]), case.expected[:, t])
     again = case.model.new_session(batch=3, max_context=LENGTH)
-    again.prefill(np.concatenate([case.ids[:, :131], other[:, 131:139]], axis=1))
-    assert np.abs(branch.fork().decode(other[:, 139]) - again.decode(other[:, 139])).max() <= CONSISTENCY
+    again.prefill(np.concatenate([case.ids[:, :131], other[:, 131:140]], axis=1))
+    assert np.abs(branch.fork().decode(other[:, 140]) - again.decode(other[:, 140])).max() <= CONSISTENCY

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from v4c.runtime import Model, load
 
 from tests.runtime import fake_model
+from v4c.runtime import Model, load
 
 
 @pytest.fixture(scope="session")

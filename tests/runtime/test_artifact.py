@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from v4c.runtime import load
-from v4c.runtime.artifact import Artifact, cpu_features, read_manifest
-from v4c.runtime.manifest import Target
 
 from tests.runtime import fake_model
 from v4c.errors import ArtifactError, InputError, UnsupportedError
+from v4c.runtime import load
+from v4c.runtime.artifact import Artifact, cpu_features, read_manifest
+from v4c.runtime.manifest import Target
 
 FILES = ("manifest.json", "tokenizer.json", "library", "weights-00001.safetensors", "weights-00002.safetensors")
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from v4c.runtime.dtypes import DTYPES
-from v4c.runtime.manifest import CacheSpec, Manifest, Rows, StoredFile, StoredWeight, WeightSpec, _checksum
 
 from tests.runtime import fake_model
 from v4c.errors import ArtifactError
+from v4c.runtime.dtypes import DTYPES
+from v4c.runtime.manifest import CacheSpec, Manifest, Rows, StoredFile, StoredWeight, WeightSpec, _checksum
 
 NAMES = st.text(string.ascii_letters + "._é", min_size=1, max_size=12)
 SIZES = st.integers(1, 1 << 20)

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from v4c.runtime import Model, load
-from v4c.runtime.library import choose_threads
-from v4c.runtime.sampling import Sampler
-from v4c.runtime.writer import ArtifactWriter
 
 from tests.runtime import fake_model
 from tests.runtime.fake_model import EOS, MAX_CONTEXT, VOCAB, expected_logits
 from v4c.errors import InputError
+from v4c.runtime import Model, load
+from v4c.runtime.library import choose_threads
+from v4c.runtime.sampling import Sampler
+from v4c.runtime.writer import ArtifactWriter
 
 
 def greedy(prompt: list[int], count: int, eos: bool) -> list[int]:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from v4c.runtime.sampling import Sampler
 
 from v4c.errors import Error, InputError
+from v4c.runtime.sampling import Sampler
 
 
 def softmax(logits: np.ndarray, temperature: float) -> np.ndarray:

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from v4c.runtime import Model, Session, load
-from v4c.runtime.library import Machine, Program
 
 from tests.runtime import fake_model
 from tests.runtime.fake_model import MAX_CONTEXT, RATIO, VOCAB, expected_logits
 from v4c.errors import ArtifactError, Error, InputError
+from v4c.runtime import Model, Session, load
+from v4c.runtime.library import Machine, Program
 
 
 def random_tokens(seed: int, *shape: int) -> np.ndarray:

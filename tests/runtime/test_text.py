@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
-from v4c.runtime import Model
-from v4c.runtime.text import Detokenizer, Tokenizer
 
 from v4c.errors import ArtifactError, InputError
+from v4c.runtime import Model
+from v4c.runtime.text import Detokenizer, Tokenizer
 
 STOP = "<stop>"
 

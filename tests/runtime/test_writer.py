@@ -17,15 +17,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+
+from tests.runtime import fake_model
+from v4c.errors import ArtifactError, Error, OutputError
 from v4c.runtime import load
 from v4c.runtime.artifact import Artifact, read_manifest
 from v4c.runtime.dtypes import DTYPES
 from v4c.runtime.manifest import WeightSpec
 from v4c.runtime.tensors import array_over
 from v4c.runtime.writer import ArtifactWriter, _HashedFile
-
-from tests.runtime import fake_model
-from v4c.errors import ArtifactError, Error, OutputError
 
 
 def random_array(spec: WeightSpec, seed: int) -> np.ndarray:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.targets.cpu_harness import compiled, run
 from v4c.custom_ops.csa_attention import csa_attention
 from v4c.custom_ops.hca_attention import hca_attention
 from v4c.custom_ops.sliding_attention import sliding_attention
@@ -17,8 +19,6 @@ from v4c.targets.cpu.kernels.attention import (
     heavily_compressed_attention,
     sliding_window_attention,
 )
-
-from tests.targets.cpu_harness import compiled, run
 
 RATIO = 4
 TOP_K = 70  # with a window of rows, more than one panel
@@ -52,7 +52,7 @@ class Sequence(NamedTuple):
 def sequence(config: Config, batch: int, total: int, rng: np.random.Generator, spread: float = 1.0) -> Sequence:
     q = spread * rng.standard_normal((batch, total, config.heads, config.width), dtype=np.float32)
     kv = rng.standard_normal((batch, total, config.width), dtype=np.float32)
-    rows = rng.standard_normal((batch, total // RATIO, config.width), dtype=np.float32)
+    rows = rng.standard_normal((batch, max(1, total // RATIO), config.width), dtype=np.float32)
     indices = np.full((batch, total, TOP_K), -1)
     for i, t in np.ndindex(batch, total):
         ready = (t + 1) // RATIO

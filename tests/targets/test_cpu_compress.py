@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from v4c.custom_ops.kv_compress import kv_compress as torch_reference
-from v4c.targets.cpu.kernels.compress import kv_compress
 
 from tests.targets.cpu_harness import compiled, run
+from v4c.custom_ops.kv_compress import kv_compress as torch_reference
+from v4c.targets.cpu.kernels.compress import kv_compress
 
 EPS = 1e-6
 SEEDS = st.integers(0, 2**32 - 1)
@@ -152,10 +152,8 @@ def test_agrees_with_the_torch_reference(config: Config) -> None:
     p = parameters(config, rng)
     batch, chunk = 3, 2 * config.ratio + 1
     kv, gate = rng.standard_normal((2, batch, chunk, config.width), dtype=np.float32)
-    state = State(
-        *rng.standard_normal((2, batch, config.ring, config.width), dtype=np.float32),
-        rng.standard_normal((batch, 8, config.row_width), dtype=np.float32),
-    )
+    old_kv, old_gate = rng.standard_normal((2, batch, config.ring, config.width), dtype=np.float32)
+    state = State(old_kv, old_gate, rng.standard_normal((batch, 8, config.row_width), dtype=np.float32))
     positions, lengths = np.array([0, config.ratio - 1, 3 * config.ratio]), np.array([chunk, chunk - 1, 0])
     ours = call(config, p, kv, gate, state, positions, lengths)
     tensors = map(torch.from_numpy, (kv, gate, *p, *state, positions, lengths))

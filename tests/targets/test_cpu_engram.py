@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.targets.cpu_harness import compiled, run
 from v4c.custom_ops.engram_gate_conv import engram_gate_conv as torch_gate_conv
 from v4c.custom_ops.engram_hash import engram_hash as torch_hash
 from v4c.targets.cpu.kernels.engram import engram_gate_conv, engram_hash, engram_lookup
-
-from tests.targets.cpu_harness import compiled, run
 
 SEEDS = st.integers(0, 2**32 - 1)
 VOCAB, PAD, EPS = 50, 3, 1e-6
@@ -112,8 +112,8 @@ class Gate(NamedTuple):
 
 
 def gate_parameters(streams: int, width: int, kernel: int, rng: np.random.Generator) -> Gate:
-    norms = rng.standard_normal((3, streams, width), dtype=np.float32)
-    return Gate(*norms, rng.standard_normal((streams * width, kernel), dtype=np.float32))
+    key, stream, conv = rng.standard_normal((3, streams, width), dtype=np.float32)
+    return Gate(key, stream, conv, rng.standard_normal((streams * width, kernel), dtype=np.float32))
 
 
 def rms(x: np.ndarray) -> np.ndarray:

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.targets.cpu_harness import compiled, run
 from v4c.targets.cpu.kernels.experts import grouped_experts
 from v4c.targets.cpu.kernels.packing import pack_gate_up, pack_rows
 from v4c.targets.cpu.kernels.swiglu import swiglu
-
-from tests.targets.cpu_harness import compiled, run
 
 LIMIT = 2.0
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

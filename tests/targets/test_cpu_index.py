@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.targets.cpu_harness import compiled, run
 from v4c.custom_ops.lightning_index import lightning_index as torch_reference
 from v4c.targets.cpu.kernels.index import lightning_index
 
-from tests.targets.cpu_harness import compiled, run
-
 RATIO = 4
-CONFIGS = [(1, 8, 3), (16, 24, 5), (5, 7, 40), (33, 16, 300), (64, 16, 512)]  # heads, width, top_k
+CONFIGS = [(1, 8, 3), (16, 24, 5), (5, 7, 40), (33, 16, 300), (80, 8, 4), (64, 16, 512)]  # heads, width, top_k
 SEEDS = st.integers(0, 2**32 - 1)
 
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.targets.cpu_harness import compiled, run
 from v4c.targets.cpu.kernels.grouped_linear import grouped_linear
 from v4c.targets.cpu.kernels.linear import K_BLOCK, ROWS_PER_TASK, linear
 from v4c.targets.cpu.kernels.packing import (
@@ -16,8 +18,6 @@ from v4c.targets.cpu.kernels.packing import (
     packed_gate_up_shape,
     packed_shape,
 )
-
-from tests.targets.cpu_harness import compiled, run
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 SEEDS = st.integers(0, 2**32 - 1)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from v4c.targets.cpu.kernels.mhc import mhc_head, mhc_post, mhc_pre
 
 from tests.targets.cpu_harness import compiled, run
+from v4c.targets.cpu.kernels.mhc import mhc_head, mhc_post, mhc_pre
 
 HC_EPS, NORM_EPS = 1e-4, 1e-5
 SEEDS = st.integers(0, 2**32 - 1)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from v4c.targets.cpu.kernels.rms_norm import rms_norm
 
 from tests.targets.cpu_harness import compiled, run
+from v4c.targets.cpu.kernels.rms_norm import rms_norm
 
 
 def reference(x: np.ndarray, eps: float) -> np.ndarray:

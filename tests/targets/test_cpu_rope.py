@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from v4c.custom_ops.trailing_rope import trailing_rope as torch_reference
-from v4c.targets.cpu.kernels.rope import trailing_rope
 
 from tests.targets.cpu_harness import compiled, run
+from v4c.custom_ops.trailing_rope import trailing_rope as torch_reference
+from v4c.targets.cpu.kernels.rope import trailing_rope
 
 SHAPES = [(1, 8, 8), (3, 24, 8), (5, 7, 6), (16, 40, 2), (17, 33, 32)]  # heads, width, rotary width
 SEEDS = st.integers(0, 2**32 - 1)

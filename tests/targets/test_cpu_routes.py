@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from v4c.targets.cpu.kernels.routes import hash_route, topk_route
 
 from tests.targets.cpu_harness import compiled, run
+from v4c.targets.cpu.kernels.routes import hash_route, topk_route
 
 SEEDS = st.integers(0, 2**32 - 1)
 

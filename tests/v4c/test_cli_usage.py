@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -11,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from v4c.frontend import presets
 
 from tests.v4c.cli_harness import V4C, assert_one_line, invoke, shell
+from v4c.cli.console import Progress
+from v4c.frontend import presets
 
 COMMANDS = ("presets", "init", "export", "compile", "run", "verify", "inspect")
 
@@ -67,18 +71,37 @@ def test_usage_errors_point_to_the_help_of_their_command() -> None:
 
 
 def test_debug_adds_a_traceback_before_or_after_the_command(tmp_path: Path) -> None:
-    for arguments in (["--debug", "inspect", tmp_path / "no"], ["inspect", tmp_path / "no", "--debug"]):
+    path = str(tmp_path / "no")
+    for arguments in (["--debug", "inspect", path], ["inspect", path, "--debug"]):
         result = invoke(*arguments)
         assert result.exit_code == 2
         assert result.stderr.startswith("Traceback (most recent call last)")
         assert result.stderr.splitlines()[-1].startswith("v4c: error: ")
-    assert "Traceback" not in invoke("inspect", tmp_path / "no").stderr
+    assert "Traceback" not in invoke("inspect", path).stderr
 
 
 def test_unexpected_exceptions_name_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(presets, "PRESETS", {"broken": None})
     assert_one_line(invoke("presets"), "unexpected AttributeError", "--debug")
     assert "--debug for" not in invoke("presets", "--debug").stderr
+
+
+def test_an_interrupt_is_remembered() -> None:
+    def work(error: type[BaseException], calls: int) -> None:
+        with Progress() as progress:
+            # What Python and libraries do to a KeyboardInterrupt that arrives at a bad moment.
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                for _ in range(calls):
+                    progress("step", 1, 2)
+                raise error from None
+
+    former = signal.getsignal(signal.SIGINT)
+    for error, calls in ((ValueError, 0), (ValueError, 1), (KeyboardInterrupt, 0)):
+        with pytest.raises(KeyboardInterrupt):
+            work(error, calls)
+    assert signal.getsignal(signal.SIGINT) is former
 
 
 def test_interrupt_in_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,6 +138,39 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
         assert result.stdout.strip() in ("0", "141")
         assert result.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
+@pytest.mark.parametrize("argument", ["-h", "presets"])
+def test_full_stdout_is_one_line(argument: str) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([V4C, argument], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stderr.startswith("v4c: error: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("patience", "terminal", "shown"), [(0.05, True, True), (60, True, False), (0.05, False, False)]
+)
+def test_progress_bar_appears_on_a_terminal_after_a_while(patience: float, terminal: bool, shown: bool) -> None:
+    work = (
+        "import time\nfrom v4c.cli import console\n"
+        f"console._PATIENCE = {patience}\n"
+        "with console.Progress() as progress:\n    progress('pack weights', 1, 4)\n    time.sleep(0.6)\n"
+    )
+    ours, theirs = pty.openpty() if terminal else os.pipe()
+    subprocess.run(
+        [sys.executable, "-c", work], stderr=theirs, check=True, timeout=60, env={**os.environ, "TERM": "xterm"}
+    )
+    os.close(theirs)
+    output = b""
+    with contextlib.suppress(OSError):  # how a terminal says that its other end is closed
+        while piece := os.read(ours, 4096):
+            output += piece
+    os.close(ours)
+    assert (b"pack weights" in output and b"25%" in output) == shown
+    assert shown or output == b""
 
 
 def test_closed_pipe_exits_with_141() -> None:

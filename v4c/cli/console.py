@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .interrupt import Interrupts
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -73,7 +75,8 @@ class Progress:
     """The `progress` callback of the API, shown on stderr.
 
     On a terminal a bar appears once the work has taken two seconds; elsewhere nothing does. With `verbose` there are
-    plain lines instead, one per step and at most one per second.
+    plain lines instead, one per step and at most one per second. An interrupt that Python lost is raised by the next
+    call.
     """
 
     def __init__(self, verbose: bool = False) -> None:
@@ -85,9 +88,11 @@ class Progress:
         self._printed = 0.0
         self._timer = threading.Timer(_PATIENCE, self._appear)
         self._timer.daemon = True
+        self._interrupts = Interrupts()
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """`done` of `total` (bytes or steps; total 0: unknown) of `what`."""
+        self._interrupts.check()
         with self._lock:
             changed = what != self._last[0]
             self._last = (what, done, total)
@@ -98,6 +103,7 @@ class Progress:
                 self._show()
 
     def __enter__(self) -> Progress:
+        self._interrupts.__enter__()
         if sys.stderr.isatty() and not self._verbose:
             self._timer.start()
         return self
@@ -109,6 +115,9 @@ class Progress:
         with self._lock:
             if self._bar is not None:
                 self._bar.stop()
+        self._interrupts.__exit__()
+        if error is not None:
+            self._interrupts.check()  # libraries turn an interrupt into errors of their own
 
     def _appear(self) -> None:
         from rich import progress

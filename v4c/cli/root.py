@@ -38,6 +38,9 @@ class Root(click.Group):
         except click.Abort:
             _complain("interrupted")
             code = INTERRUPTED
+        except OSError as error:  # of the help text itself
+            _complain(f"stdout: expected to write to it, found {error.strerror}")
+            code = BAD_INPUT
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -63,7 +66,8 @@ class Root(click.Group):
         except Exception as error:
             _trace(ctx)
             hint = "" if DEBUG in ctx.meta else " (run with --debug for the traceback)"
-            _complain(f"unexpected {type(error).__name__}: {error}{hint}")
+            first_line = f"{error}".strip().partition("\n")[0]  # libraries write essays
+            _complain(f"unexpected {type(error).__name__}: {first_line[:200]}{hint}")
             return BAD_INPUT
 
 

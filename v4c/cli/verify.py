@@ -19,10 +19,17 @@ _KEYS = ("max_abs_diff", "argmax_agreement", "tolerance", "ok")
 @click.option(
     "-m", "--model", required=True, metavar="CHECKPOINT", type=click.Path(path_type=Path), help="What it was made from."
 )
+@click.option(
+    "--prompt-tokens",
+    default=250,
+    show_default=True,
+    help="Tokens read before decoding. The indexer chooses among rows only past index_topk * 4 tokens.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the random tokens.")
 @json_option
 @debug_option
 @click.pass_context
-def verify(ctx: click.Context, artifact: Path, model: Path, as_json: bool) -> None:
+def verify(ctx: click.Context, artifact: Path, model: Path, prompt_tokens: int, seed: int, as_json: bool) -> None:
     """Compare a compiled model with the torch reference.
 
     Exits with 1 when a logit differs by more than the tolerance.
@@ -30,7 +37,7 @@ def verify(ctx: click.Context, artifact: Path, model: Path, as_json: bool) -> No
     import v4c
 
     with Progress() as progress:
-        report = v4c.verify(artifact, model, progress=progress)
+        report = v4c.verify(artifact, model, prompt_tokens=prompt_tokens, seed=seed, progress=progress)
     if as_json:
         document = {key: value for key, value in asdict(report).items() if key in _KEYS}
         if not math.isfinite(report.max_abs_diff):

@@ -1,8 +1,7 @@
 """The three attention kernels of the CPU: sliding window, compressed sparse (CSA) and heavily compressed (HCA).
 
-They differ only in which compressed rows follow the raw ones. A work item is one token and one block of heads; items
-run head block by head block, so that threads share the tokens of a chunk evenly. The window rings are written last, in
-a loop of their own.
+They differ only in which compressed rows follow the raw ones. A work item is a token, or, where tokens are too few to
+feed the threads, one block of its heads. The window rings are written last, in a loop of their own.
 """
 
 # mypy: ignore-errors
@@ -13,7 +12,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from .attention_steps import attend_token, tiles, write_window, zero
+from .attention_steps import attend_token, parts, tiles, write_window, zero
 
 
 def sliding_window_attention(heads: int, width: int, window_size: int, scale: float) -> PrimFunc:
@@ -45,17 +44,22 @@ def sliding_window_attention(heads: int, width: int, window_size: int, scale: fl
         positions = T.match_buffer(positions_, (b,), "int64")
         lengths = T.match_buffer(lengths_, (b,), "int64")
         out = T.match_buffer(out_, (b, s, T.int64(heads), T.int64(width)), "float32")
-        for item in T.parallel(T.int64(tile.blocks) * b * s):
-            i: T.let = item % (b * s) // s
-            j: T.let = item % s
-            first_head: T.let = item // (b * s) * T.int64(tile.head_block)
-            if j < lengths[i]:
-                attend_token(
-                    tile, window_size, scale, q, kv, window, None, None, T.int64(0), sinks,
-                    positions[i], out, i, j, first_head,
-                )  # fmt: skip
-            else:
-                zero(tile, out, i, j, first_head)
+        split: T.let = parts(tile, b * s)
+        blocks: T.let = T.truncdiv(T.int64(tile.blocks), split)
+        with T.attr(0, "pragma_parallel_launch_point", 1):
+            # Every n-th item to a thread: later tokens see more rows, and so cost more.
+            with T.attr(0, "pragma_parallel_stride_pattern", 1):
+                for item in T.parallel(split * b * s):
+                    i: T.let = T.truncdiv(T.truncmod(item, b * s), s)
+                    j: T.let = T.truncmod(item, s)
+                    first_head: T.let = T.truncdiv(item, b * s) * blocks * T.int64(tile.head_block)
+                    if j < lengths[i]:
+                        attend_token(
+                            tile, window_size, scale, q, kv, window, None, None, T.int64(0), sinks,
+                            positions[i], out, i, j, first_head, blocks,
+                        )  # fmt: skip
+                    else:
+                        zero(tile, out, i, j, first_head, blocks)
         write_window(tile, window_size, kv, window, positions, lengths, b)
 
     return sliding_window_attention
@@ -93,18 +97,23 @@ def heavily_compressed_attention(heads: int, width: int, window_size: int, ratio
         positions = T.match_buffer(positions_, (b,), "int64")
         lengths = T.match_buffer(lengths_, (b,), "int64")
         out = T.match_buffer(out_, (b, s, T.int64(heads), T.int64(width)), "float32")
-        for item in T.parallel(T.int64(tile.blocks) * b * s):
-            i: T.let = item % (b * s) // s
-            j: T.let = item % s
-            first_head: T.let = item // (b * s) * T.int64(tile.head_block)
-            if j < lengths[i]:
-                ready: T.let = (positions[i] + j + T.int64(1)) // T.int64(ratio)
-                attend_token(
-                    tile, window_size, scale, q, kv, window, rows, None, ready, sinks,
-                    positions[i], out, i, j, first_head,
-                )  # fmt: skip
-            else:
-                zero(tile, out, i, j, first_head)
+        split: T.let = parts(tile, b * s)
+        blocks: T.let = T.truncdiv(T.int64(tile.blocks), split)
+        with T.attr(0, "pragma_parallel_launch_point", 1):
+            # Every n-th item to a thread: later tokens see more rows, and so cost more.
+            with T.attr(0, "pragma_parallel_stride_pattern", 1):
+                for item in T.parallel(split * b * s):
+                    i: T.let = T.truncdiv(T.truncmod(item, b * s), s)
+                    j: T.let = T.truncmod(item, s)
+                    first_head: T.let = T.truncdiv(item, b * s) * blocks * T.int64(tile.head_block)
+                    if j < lengths[i]:
+                        ready: T.let = (positions[i] + j + T.int64(1)) // T.int64(ratio)
+                        attend_token(
+                            tile, window_size, scale, q, kv, window, rows, None, ready, sinks,
+                            positions[i], out, i, j, first_head, blocks,
+                        )  # fmt: skip
+                    else:
+                        zero(tile, out, i, j, first_head, blocks)
         write_window(tile, window_size, kv, window, positions, lengths, b)
 
     return heavily_compressed_attention
@@ -144,23 +153,28 @@ def compressed_sparse_attention(heads: int, width: int, window_size: int, top_k:
         positions = T.match_buffer(positions_, (b,), "int64")
         lengths = T.match_buffer(lengths_, (b,), "int64")
         out = T.match_buffer(out_, (b, s, T.int64(heads), T.int64(width)), "float32")
-        for item in T.parallel(T.int64(tile.blocks) * b * s):
-            i: T.let = item % (b * s) // s
-            j: T.let = item % s
-            first_head: T.let = item // (b * s) * T.int64(tile.head_block)
-            if j < lengths[i]:
-                chosen = T.alloc_buffer((T.int64(top_k),), "int64")
-                found: T.int64 = T.int64(0)
-                for a in range(T.int64(top_k)):
-                    if indices[i, j, a] >= T.int64(0):
-                        chosen[found] = indices[i, j, a]
-                        found = found + T.int64(1)
-                attend_token(
-                    tile, window_size, scale, q, kv, window, rows, chosen, found, sinks,
-                    positions[i], out, i, j, first_head,
-                )  # fmt: skip
-            else:
-                zero(tile, out, i, j, first_head)
+        split: T.let = parts(tile, b * s)
+        blocks: T.let = T.truncdiv(T.int64(tile.blocks), split)
+        with T.attr(0, "pragma_parallel_launch_point", 1):
+            # Every n-th item to a thread: later tokens see more rows, and so cost more.
+            with T.attr(0, "pragma_parallel_stride_pattern", 1):
+                for item in T.parallel(split * b * s):
+                    i: T.let = T.truncdiv(T.truncmod(item, b * s), s)
+                    j: T.let = T.truncmod(item, s)
+                    first_head: T.let = T.truncdiv(item, b * s) * blocks * T.int64(tile.head_block)
+                    if j < lengths[i]:
+                        chosen = T.alloc_buffer((T.int64(top_k),), "int64")
+                        found: T.int64 = T.int64(0)
+                        for a in range(T.int64(top_k)):
+                            if indices[i, j, a] >= T.int64(0):
+                                chosen[found] = indices[i, j, a]
+                                found = found + T.int64(1)
+                        attend_token(
+                            tile, window_size, scale, q, kv, window, rows, chosen, found, sinks,
+                            positions[i], out, i, j, first_head, blocks,
+                        )  # fmt: skip
+                    else:
+                        zero(tile, out, i, j, first_head, blocks)
         write_window(tile, window_size, kv, window, positions, lengths, b)
 
     return compressed_sparse_attention

@@ -1,8 +1,8 @@
-"""The steps of attention over shared key/value rows, for one token and one block of heads.
+"""The steps of attention over shared key/value rows, for one token and some blocks of its heads.
 
-Rows are copied in panels that stay in L2; a panel serves all heads of the block: scores by an outer product over (row,
-head) tiles, an online softmax with one head per lane, then the weighted sum over (head, column) tiles. The scratch is
-independent of how many rows there are. The steps are inlined into the kernels of `attention`.
+Rows are copied in panels that stay in L2, and a panel serves every block of heads in turn: scores by an outer product
+over (row, head) tiles, an online softmax with one head per lane, then the weighted sum over (head, column) tiles. The
+scratch is independent of how many rows there are. The steps are inlined into the kernels of `attention`.
 """
 
 # mypy: ignore-errors
@@ -11,7 +11,9 @@ independent of how many rows there are. The steps are inlined into the kernels o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from .common import exp, vector_width
@@ -19,6 +21,7 @@ from .common import exp, vector_width
 PANEL = 64
 """Rows per panel: 128 KiB at the published width of 512."""
 _ROW_TILE = 16  # rows whose scores are accumulated at once: 16 vectors of heads, half of AVX-512's registers
+_ENOUGH_TOKENS = 8  # from here on a work item is a token, so that its rows are copied once for all heads
 _HEAD_TILE = 4  # heads times column vectors of the weighted sum: 16 accumulators for 8 loads
 
 
@@ -29,7 +32,7 @@ class Tiles:
     heads: int
     width: int
     head_block: int
-    """Heads of one work item; also the lanes of the scores and of the softmax."""
+    """Heads that are taken at once: the lanes of the scores and of the softmax."""
     head_tile: int
     lanes: int
     vectors: int
@@ -37,7 +40,7 @@ class Tiles:
 
     @property
     def blocks(self) -> int:
-        """Work items per token."""
+        """Blocks of heads, and the most work items that one token is cut into."""
         return self.heads // self.head_block
 
     @property
@@ -55,28 +58,48 @@ def tiles(heads: int, width: int) -> Tiles:
     return Tiles(heads, width, block, min(_HEAD_TILE, block), lanes, min(4, vector_width(width // lanes)))
 
 
+def parts(tile: Tiles, tokens: Expr) -> Expr:
+    """Work items per token, by how many tokens there are to feed the threads with."""
+    return T.if_then_else(tokens < T.int64(_ENOUGH_TOKENS), T.int64(tile.blocks), T.int64(1))
+
+
 @T.inline
-def start(tile, scale, q, sinks, out, packed, peak, total, i, j, first_head):
+def start(
+    tile: Tiles,
+    scale: float,
+    q: Any,
+    sinks: Any,
+    out: Any,
+    packed: Any,
+    peak: Any,
+    total: Any,
+    i: Any,
+    j: Any,
+    g: Any,
+    first_head: Any,
+) -> None:
     """Transpose and scale the block's queries, zero its outputs, and open the softmax with the sink logit."""
     for h in range(T.int64(tile.head_block)):
         for c in range(T.int64(tile.width)):
-            packed[c, h] = q[i, j, first_head + h, c] * T.float32(scale)
+            packed[g, c, h] = q[i, j, first_head + h, c] * T.float32(scale)
         for c in range(T.int64(tile.width)):
             out[i, j, first_head + h, c] = T.float32(0)
     for v in T.vectorized(tile.head_block):
-        peak[v] = sinks[first_head + v]
-        total[v] = T.float32(1)
+        peak[g, v] = sinks[first_head + v]
+        total[g, v] = T.float32(1)
 
 
 @T.inline
-def copy_row(tile, panel, r, source, i, at):
+def copy_row(tile: Tiles, panel: Any, r: Any, source: Any, i: Any, at: Any) -> None:
     """``panel[r] = source[i, at]``."""
     for c in range(T.int64(tile.width)):
         panel[r, c] = source[i, at, c]
 
 
 @T.inline
-def copy_raw_row(tile, window_size, panel, r, kv, window, i, t, p):
+def copy_raw_row(
+    tile: Tiles, window_size: int, panel: Any, r: Any, kv: Any, window: Any, i: Any, t: Any, p: Any
+) -> None:
     """``panel[r]`` = the raw row of position t: from this chunk, or from the ring when it is older."""
     if t >= p:
         copy_row(tile, panel, r, kv, i, t - p)
@@ -85,7 +108,20 @@ def copy_raw_row(tile, window_size, panel, r, kv, window, i, t, p):
 
 
 @T.inline
-def attend(tile, packed, panel, scores, peak, total, out, count, i, j, first_head):
+def attend(
+    tile: Tiles,
+    packed: Any,
+    panel: Any,
+    scores: Any,
+    peak: Any,
+    total: Any,
+    out: Any,
+    count: Any,
+    i: Any,
+    j: Any,
+    g: Any,
+    first_head: Any,
+) -> None:
     """Take the panel's first `count` rows into the running softmax and the outputs."""
     # Scores. The last tile may take in stale rows beyond `count`; their scores are never read.
     for tile_index in range((count + T.int64(_ROW_TILE - 1)) // T.int64(_ROW_TILE)):
@@ -96,29 +132,32 @@ def attend(tile, packed, panel, scores, peak, total, out, count, i, j, first_hea
         for c in range(T.int64(tile.width)):
             for r in T.unroll(_ROW_TILE):
                 for v in T.vectorized(tile.head_block):
-                    dot[r, v] = dot[r, v] + panel[tile_index * T.int64(_ROW_TILE) + r, c] * packed[c, v]
+                    dot[r, v] = dot[r, v] + panel[tile_index * T.int64(_ROW_TILE) + r, c] * packed[g, c, v]
         for r in T.unroll(_ROW_TILE):
             for v in T.vectorized(tile.head_block):
                 scores[tile_index * T.int64(_ROW_TILE) + r, v] = dot[r, v]
 
     # Online softmax, one head per lane: `shrink` brings what was summed so far to the new maximum.
     top = T.alloc_buffer((tile.head_block,), "float32", scope="local")
+    sums = T.alloc_buffer((tile.head_block,), "float32", scope="local")
     shrink = T.alloc_buffer((tile.head_block,), "float32")
     for v in T.vectorized(tile.head_block):
-        top[v] = peak[v]
+        top[v] = peak[g, v]
     for r in range(count):
         for v in T.vectorized(tile.head_block):
             top[v] = T.max(top[v], scores[r, v])
     for v in T.vectorized(tile.head_block):
-        shrink[v] = exp(peak[v] - top[v])
+        shrink[v] = exp(peak[g, v] - top[v])
     for v in T.vectorized(tile.head_block):
-        total[v] = total[v] * shrink[v]
-        peak[v] = top[v]
+        sums[v] = total[g, v] * shrink[v]
     for r in range(count):
         for v in T.vectorized(tile.head_block):
             scores[r, v] = exp(scores[r, v] - top[v])
         for v in T.vectorized(tile.head_block):
-            total[v] = total[v] + scores[r, v]
+            sums[v] = sums[v] + scores[r, v]
+    for v in T.vectorized(tile.head_block):
+        peak[g, v] = top[v]
+        total[g, v] = sums[v]
 
     # Weighted sum. A strip of columns stays in L1 over the heads.
     for strip in range(T.int64(tile.width // (tile.lanes * tile.vectors))):
@@ -142,31 +181,49 @@ def attend(tile, packed, panel, scores, peak, total, out, count, i, j, first_hea
 
 
 @T.inline
-def finish(tile, total, out, i, j, first_head):
+def finish(tile: Tiles, total: Any, out: Any, i: Any, j: Any, g: Any, first_head: Any) -> None:
     """Divide the outputs by the softmax's denominator."""
     inverse = T.alloc_buffer((tile.head_block,), "float32")
     for v in T.vectorized(tile.head_block):
-        inverse[v] = T.float32(1) / total[v]
+        inverse[v] = T.float32(1) / total[g, v]
     for h in range(T.int64(tile.head_block)):
         for c in range(T.int64(tile.width)):
             out[i, j, first_head + h, c] = out[i, j, first_head + h, c] * inverse[h]
 
 
 @T.inline
-def attend_token(tile, window_size, scale, q, kv, window, rows, chosen, compressed, sinks, p, out, i, j, first_head):
-    """One work item: the token's last raw rows, then `compressed` compressed ones.
+def attend_token(
+    tile: Tiles,
+    window_size: int,
+    scale: float,
+    q: Any,
+    kv: Any,
+    window: Any,
+    rows: Any,
+    chosen: Any,
+    compressed: Any,
+    sinks: Any,
+    p: Any,
+    out: Any,
+    i: Any,
+    j: Any,
+    first_head: Any,
+    blocks: Any,
+) -> None:
+    """`blocks` blocks of heads over the token's last raw rows, then over `compressed` compressed ones.
 
     `rows` is None where there are none; `chosen` lists the compressed rows, or is None where they are the first ones.
     """
-    packed = T.alloc_buffer((T.int64(tile.width), T.int64(tile.head_block)), "float32")
+    packed = T.alloc_buffer((T.int64(tile.blocks), T.int64(tile.width), T.int64(tile.head_block)), "float32")
     panel = T.alloc_buffer((T.int64(PANEL), T.int64(tile.pitch)), "float32")
     scores = T.alloc_buffer((T.int64(PANEL), T.int64(tile.head_block)), "float32")
-    peak = T.alloc_buffer((tile.head_block,), "float32", scope="local")
-    total = T.alloc_buffer((tile.head_block,), "float32", scope="local")
+    peak = T.alloc_buffer((T.int64(tile.blocks), T.int64(tile.head_block)), "float32")
+    total = T.alloc_buffer((T.int64(tile.blocks), T.int64(tile.head_block)), "float32")
     t: T.let = p + j
     raw: T.let = T.min(t + T.int64(1), T.int64(window_size))
     seen: T.let = raw + compressed
-    start(tile, scale, q, sinks, out, packed, peak, total, i, j, first_head)
+    for g in range(blocks):
+        start(tile, scale, q, sinks, out, packed, peak, total, i, j, g, first_head + g * T.int64(tile.head_block))
     for part in range((seen + T.int64(PANEL - 1)) // T.int64(PANEL)):
         count: T.let = T.min(seen - part * T.int64(PANEL), T.int64(PANEL))
         for r in range(count):
@@ -179,20 +236,24 @@ def attend_token(tile, window_size, scale, q, kv, window, rows, chosen, compress
                 copy_row(tile, panel, r, rows, i, at - raw)
             else:
                 copy_row(tile, panel, r, rows, i, chosen[at - raw])
-        attend(tile, packed, panel, scores, peak, total, out, count, i, j, first_head)
-    finish(tile, total, out, i, j, first_head)
+        for g in range(blocks):
+            attend(
+                tile, packed, panel, scores, peak, total, out, count, i, j, g, first_head + g * T.int64(tile.head_block)
+            )
+    for g in range(blocks):
+        finish(tile, total, out, i, j, g, first_head + g * T.int64(tile.head_block))
 
 
 @T.inline
-def zero(tile, out, i, j, first_head):
+def zero(tile: Tiles, out: Any, i: Any, j: Any, first_head: Any, blocks: Any) -> None:
     """Outputs of a padding token."""
-    for h in range(T.int64(tile.head_block)):
+    for h in range(blocks * T.int64(tile.head_block)):
         for c in range(T.int64(tile.width)):
             out[i, j, first_head + h, c] = T.float32(0)
 
 
 @T.inline
-def write_window(tile, window_size, kv, window, positions, lengths, batch):
+def write_window(tile: Tiles, window_size: int, kv: Any, window: Any, positions: Any, lengths: Any, batch: Any) -> None:
     """The live rows of the chunk into the ring, slot = position mod window; only the last `window_size` matter."""
     for i in range(batch):
         live: T.let = T.min(lengths[i], T.int64(window_size))

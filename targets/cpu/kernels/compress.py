@@ -68,9 +68,9 @@ def kv_compress(width: int, row_width: int, rotary_width: int, ratio: int, eps: 
         # A chunk of S tokens completes at most ceil(S / ratio) windows.
         spans: T.let = (s + T.int64(ratio - 1)) // T.int64(ratio)
         for item in T.parallel(b * spans):
-            i: T.let = item // spans
+            i: T.let = T.truncdiv(item, spans)
             p: T.let = positions[i]
-            w: T.let = p // T.int64(ratio) + item % spans
+            w: T.let = p // T.int64(ratio) + T.truncmod(item, spans)
             first: T.let = (w + T.int64(1)) * T.int64(ratio) - T.int64(
                 ring
             )  # of the slots' positions; < 0 at the start

@@ -99,17 +99,17 @@ def engram_lookup(addresses: int, width: int, table_dtype: str = "float32") -> P
         rows = T.match_buffer(addresses_, (b, s, T.int64(addresses)), "int64")
         out = T.match_buffer(out_, (b, s, T.int64(addresses * width)), "float32")
         for item in T.parallel(b * s):
+            i: T.let = T.truncdiv(item, s)
+            j: T.let = T.truncmod(item, s)
             for a in range(T.int64(addresses)):
                 for d in range(T.int64(width)):
-                    out[item // s, item % s, a * T.int64(width) + d] = T.cast(
-                        table[rows[item // s, item % s, a], d], "float32"
-                    )
+                    out[i, j, a * T.int64(width) + d] = T.cast(table[rows[i, j, a], d], "float32")
 
     return engram_lookup
 
 
 def engram_gate_conv(streams: int, width: int, kernel: int, dilation: int, eps: float) -> PrimFunc:
-    """Gate the value per stream, convolve it causally, and add both to the streams (Engram paper, sections 2.3 and 2.4).
+    """Gate the value per stream, convolve it, add both to the streams (Engram paper, sections 2.3 and 2.4).
 
     Arguments of the PrimFunc, float32 unless noted, M = `streams`, D = `width`, Q = ``(kernel - 1) * dilation``:
     keys ``[B, S, M, D]``, value ``[B, S, D]``, streams ``[B, S, M, D]``, key_norm, stream_norm, conv_norm ``[M, D]``,
@@ -156,8 +156,8 @@ def engram_gate_conv(streams: int, width: int, kernel: int, dilation: int, eps: 
         gates = T.alloc_buffer((b, s, T.int64(streams)), "float32")
         factors = T.alloc_buffer((b, s, T.int64(streams)), "float32")
         for item in T.parallel(b * s * T.int64(streams)):
-            i: T.let = item // T.int64(streams) // s
-            j: T.let = item // T.int64(streams) % s
+            i: T.let = T.truncdiv(item // T.int64(streams), s)
+            j: T.let = T.truncmod(item // T.int64(streams), s)
             m: T.let = item % T.int64(streams)
             sums = T.alloc_buffer((4, lanes), "float32", scope="local")
             for x in T.unroll(4):

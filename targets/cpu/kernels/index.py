@@ -10,6 +10,8 @@ scratch does not grow with the number of rows. With few tokens, the rows are cut
 
 from __future__ import annotations
 
+from typing import Any
+
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
@@ -22,8 +24,19 @@ _ACCUMULATORS = 24  # vectors of AVX-512's 32 registers
 
 
 @T.inline
-def score_rows(tile, vectors, groups, width, packed, weights, index_rows, i, first, scores):
-    """``scores[r]`` of rows ``first + r``, r < tile: the weighted sum over heads of relu(q . k)."""
+def score_rows(
+    tile: int,
+    vectors: int,
+    groups: int,
+    width: int,
+    packed: Any,
+    weights: Any,
+    index_rows: Any,
+    i: Any,
+    first: Any,
+    fresh: Any,
+) -> None:
+    """``fresh[r]`` = key of row ``first + r``, r < tile; its score is the weighted sum over heads of relu(q . k)."""
     sums = T.alloc_buffer((tile, VECTOR), "float32", scope="local")
     for r in T.unroll(tile):
         for v in T.vectorized(VECTOR):
@@ -49,7 +62,7 @@ def score_rows(tile, vectors, groups, width, packed, weights, index_rows, i, fir
                     )
     for r in T.unroll(tile):
         sum_lanes(sums, r, VECTOR)
-        scores[r] = sums[r, 0]
+        fresh[r] = key(sums[r, 0], first + r)
 
 
 def lightning_index(heads: int, width: int, ratio: int, top_k: int) -> PrimFunc:
@@ -87,67 +100,63 @@ def lightning_index(heads: int, width: int, ratio: int, top_k: int) -> PrimFunc:
         lengths = T.match_buffer(lengths_, (b,), "int64")
         out = T.match_buffer(out_, (b, s, T.int64(top_k)), "int64")
 
-        ranges: T.let = T.max(T.int64(_ITEMS) // (b * s), T.int64(1))
-        range_keys = T.alloc_buffer((b * s, ranges, T.int64(top_k)), "int64")
-        range_counts = T.alloc_buffer((b * s, ranges), "int64")
+        ranges: T.let = T.max(T.truncdiv(T.int64(_ITEMS), b * s), T.int64(1))
+        range_keys = T.alloc_buffer((b * s * ranges, T.int64(top_k)), "int64")
+        range_counts = T.alloc_buffer((b * s * ranges,), "int64")
         with T.attr(0, "pragma_parallel_launch_point", 1):
             # Every n-th item to a thread: later tokens see more rows, and so cost more.
             with T.attr(0, "pragma_parallel_stride_pattern", 1):
                 for item in T.parallel(b * s * ranges):
-                    token: T.let = item // ranges
-                    part: T.let = item % ranges
-                    i: T.let = token // s
-                    j: T.let = token % s
-                    ready: T.let = T.if_then_else(
+                    token: T.let = T.truncdiv(item, ranges)
+                    part: T.let = T.truncmod(item, ranges)
+                    i: T.let = T.truncdiv(token, s)
+                    j: T.let = T.truncmod(token, s)
+                    # Variables, not lets: as lets they reach every index expression, and TVM's passes take seconds.
+                    ready: T.int64 = T.if_then_else(
                         j < lengths[i], (positions[i] + j + T.int64(1)) // T.int64(ratio), T.int64(0)
                     )
-                    range_rows: T.let = T.max((ready + ranges - T.int64(1)) // ranges, T.int64(_RANGE_ROWS))
-                    begin: T.let = T.min(part * range_rows, ready)
-                    end: T.let = T.min(begin + range_rows, ready)
+                    range_rows: T.int64 = T.max(T.truncdiv(ready + ranges - T.int64(1), ranges), T.int64(_RANGE_ROWS))
+                    begin: T.int64 = T.min(part * range_rows, ready)
+                    end: T.int64 = T.min(begin + range_rows, ready)
                     keys = T.alloc_buffer((T.int64(buffer_size(top_k)),), "int64")
                     count: T.int64 = T.int64(0)
                     threshold: T.int64 = T.int64(LOWEST_KEY)
                     if begin < end:
                         packed = T.alloc_buffer((groups, width, vectors * VECTOR), "float32")
                         head_weights = T.alloc_buffer((groups, vectors * VECTOR), "float32")
-                        scores = T.alloc_buffer((tile,), "float32")
-                        # Heads beyond `heads` weigh nothing.
-                        for g, d, h in T.grid(T.int64(groups), T.int64(width), T.int64(vectors * VECTOR)):
-                            packed[g, d, h] = T.float32(0)
+                        fresh = T.alloc_buffer((tile,), "int64")
                         for g, h in T.grid(T.int64(groups), T.int64(vectors * VECTOR)):
-                            head_weights[g, h] = T.float32(0)
-                        for h in range(T.int64(heads)):
-                            for d in range(T.int64(width)):
-                                packed[h // T.int64(vectors * VECTOR), d, h % T.int64(vectors * VECTOR)] = q[i, j, h, d]
-                            head_weights[h // T.int64(vectors * VECTOR), h % T.int64(vectors * VECTOR)] = weights[
-                                i, j, h
-                            ]
+                            head: T.let = g * T.int64(vectors * VECTOR) + h
+                            if head < T.int64(heads):
+                                head_weights[g, h] = weights[i, j, head]
+                                for d in range(T.int64(width)):
+                                    packed[g, d, h] = q[i, j, head, d]
+                            else:  # fills the last vector and weighs nothing
+                                head_weights[g, h] = T.float32(0)
+                                for d in range(T.int64(width)):
+                                    packed[g, d, h] = T.float32(0)
                         full: T.let = (end - begin) // T.int64(tile)
                         for step in range(full):
                             first: T.let = begin + step * T.int64(tile)
-                            score_rows(
-                                tile, vectors, groups, width, packed, head_weights, index_rows, i, first, scores
-                            )
+                            score_rows(tile, vectors, groups, width, packed, head_weights, index_rows, i, first, fresh)
                             for r in range(T.int64(tile)):
-                                push(top_k, keys, count, threshold, key(scores[r], first + r))
+                                push(top_k, keys, count, threshold, fresh[r])
                         for rest in range((end - begin) % T.int64(tile)):
                             last: T.let = begin + full * T.int64(tile) + rest
-                            score_rows(
-                                1, vectors, groups, width, packed, head_weights, index_rows, i, last, scores
-                            )
-                            push(top_k, keys, count, threshold, key(scores[0], last))
+                            score_rows(1, vectors, groups, width, packed, head_weights, index_rows, i, last, fresh)
+                            push(top_k, keys, count, threshold, fresh[0])
                     prune(top_k, keys, count, threshold)
-                    range_counts[token, part] = count
+                    range_counts[item] = count
                     for a in range(count):
-                        range_keys[token, part, a] = keys[a]
+                        range_keys[item, a] = keys[a]
         for token in T.parallel(b * s):
             merged = T.alloc_buffer((T.int64(buffer_size(top_k)),), "int64")
             total: T.int64 = T.int64(0)
             limit: T.int64 = T.int64(LOWEST_KEY)
             for part in range(ranges):
-                for a in range(range_counts[token, part]):
-                    push(top_k, merged, total, limit, range_keys[token, part, a])
+                for a in range(range_counts[token * ranges + part]):
+                    push(top_k, merged, total, limit, range_keys[token * ranges + part, a])
             prune(top_k, merged, total, limit)
-            write_ranked(top_k, merged, total, out, token // s, token % s)
+            write_ranked(top_k, merged, total, out, T.truncdiv(token, s), T.truncmod(token, s))
 
     return lightning_index

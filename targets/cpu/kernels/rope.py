@@ -9,6 +9,8 @@ positions), then applied to each head.
 
 from __future__ import annotations
 
+from typing import Any
+
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
@@ -16,7 +18,7 @@ _SPLIT_FROM = 16  # heads from which two work items per token pay for a second s
 
 
 @T.inline
-def fill_angles(inv_freq, position, cosines, sines, half):
+def fill_angles(inv_freq: Any, position: Any, cosines: Any, sines: Any, half: int) -> None:
     """cosines, sines ``[half]`` of ``position * inv_freq``."""
     for d in range(T.int64(half)):
         cosines[d] = T.cos(T.cast(position, "float32") * inv_freq[d])
@@ -44,8 +46,8 @@ def trailing_rope(heads: int, width: int, rotary_width: int, sign: float) -> Pri
         inv_freq = T.match_buffer(inv_freq_, (T.int64(half),), "float32")
         out = T.match_buffer(out_, (b, s, T.int64(heads), T.int64(width)), "float32")
         for item in T.parallel(b * s * T.int64(blocks)):
-            i: T.let = item // T.int64(blocks) // s
-            j: T.let = item // T.int64(blocks) % s
+            i: T.let = T.truncdiv(item // T.int64(blocks), s)
+            j: T.let = T.truncmod(item // T.int64(blocks), s)
             cosines = T.alloc_buffer((T.int64(half),), "float32")
             sines = T.alloc_buffer((T.int64(half),), "float32")
             fill_angles(inv_freq, positions[i] + j, cosines, sines, half)

@@ -11,6 +11,8 @@ any order of the scores: one search per ``BUFFER_ROOM`` or more appended keys.
 
 from __future__ import annotations
 
+from typing import Any
+
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
@@ -39,14 +41,14 @@ def row_of(one: Expr) -> Expr:
 
 
 @T.inline
-def pad_keys(keys, count):
+def pad_keys(keys: Any, count: Any) -> None:
     """Fill up the last vector, so that the vector loops below count nothing extra."""
     for v in range((T.int64(0) - count) % T.int64(_LANES)):
         keys[count + v] = T.int64(LOWEST_KEY)
 
 
 @T.inline
-def prune(top_k, keys, count, threshold):
+def prune(top_k: int, keys: Any, count: Any, threshold: Any) -> None:
     """Keep the `top_k` largest of ``keys[:count]`` where there are more; later keys must reach `threshold`."""
     if count > T.int64(top_k):
         pad_keys(keys, count)
@@ -78,7 +80,7 @@ def prune(top_k, keys, count, threshold):
 
 
 @T.inline
-def push(top_k, keys, count, threshold, one):
+def push(top_k: int, keys: Any, count: Any, threshold: Any, one: Any) -> None:
     """Append the key `one` if it reaches the threshold, making room first."""
     if one >= threshold:
         keys[count] = one
@@ -88,7 +90,7 @@ def push(top_k, keys, count, threshold, one):
 
 
 @T.inline
-def write_ranked(top_k, keys, count, out, i, j):
+def write_ranked(top_k: int, keys: Any, count: Any, out: Any, i: Any, j: Any) -> None:
     """``out[i, j]`` = rows of ``keys[:count]`` by descending key, then -1. A key's place is how many keys exceed it."""
     pad_keys(keys, count)
     for group in range((count + T.int64(_RANK_TILE - 1)) // T.int64(_RANK_TILE)):

@@ -1,0 +1,55 @@
+"""How close the discrete choices of a model come to a tie: choices within rounding have no right answer to compare.
+
+The lightning indexer and the routers pick the best few of many scores; two correct implementations that differ in the
+last bits may pick differently when the k-th and the next score almost agree, and then differ a lot.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from v4c.custom_ops.torch_common import ready_rows
+from v4c.frontend.model.model import V4Model, WeightSource
+
+SAFE_MARGIN = 2e-5  # a few times the difference that orders of summation make after the layers of a small model
+
+
+class _Margins(TorchDispatchMode):
+    """Watches the choosing ops and keeps the smallest relative gap between the last chosen score and the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.smallest = np.inf
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.v4c.lightning_index.default:
+            q, weights, rows, positions, lengths, ratio, top_k = args
+            scores = torch.einsum("bshd,bnd->bshn", q, rows).relu().mul(weights[..., None]).sum(2)
+            ready = ready_rows(positions, lengths, q.shape[1], ratio)
+            scores = scores.masked_fill(torch.arange(rows.shape[1]) >= ready[..., None], -torch.inf)
+            self._record(scores[ready > top_k], top_k)
+        elif func is torch.ops.v4c.topk_route.default:
+            logits, bias, top_k, _ = args
+            self._record((torch.nn.functional.softplus(logits).sqrt() + bias).flatten(0, 1), top_k)
+        return func(*args, **(kwargs or {}))
+
+    def _record(self, scores: torch.Tensor, top_k: int) -> None:
+        """`scores` ``[tokens, choices]``: more choices than `top_k` in every row."""
+        if scores.numel() == 0 or top_k >= scores.shape[-1]:
+            return
+        best = scores.sort(-1, descending=True).values
+        finite = best.masked_fill(best.isinf(), 0)
+        gap = (best[:, top_k - 1] - best[:, top_k]) / finite.abs().amax(-1)
+        self.smallest = min(self.smallest, float(gap.min()))
+
+
+def choices_are_clear(source: WeightSource, ids: np.ndarray) -> bool:
+    """Whether no choice that the model makes on `ids` ``[B, S]`` is within rounding."""
+    model = V4Model.from_source(source)
+    with _Margins() as margins:
+        model.logits(torch.from_numpy(ids))
+    return margins.smallest > SAFE_MARGIN
