@@ -3,7 +3,7 @@
 A score and its row make one int64 key that orders by descending score, then ascending row; keys are therefore distinct
 and any selection of the k largest gives the same answer. Candidates that reach the threshold are appended to a buffer;
 when it is full, a binary search over the key's bits finds a new threshold that keeps exactly k. The work is bounded for
-any order of the scores: one search per ``BUFFER_ROOM`` or more appended keys.
+any order of the scores: a search comes after no fewer than `_BUFFER_ROOM` appended keys.
 """
 
 # mypy: ignore-errors
@@ -17,7 +17,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 _LANES = 8  # int64 lanes of one vector
-_BUFFER_ROOM = 256
+_BUFFER_ROOM = 256  # at least; `top_k` where that is more
 LOWEST_KEY = -(2**63)
 _ROW_MASK = 2**32 - 1
 _RANK_TILE = 4
