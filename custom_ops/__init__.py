@@ -20,6 +20,7 @@ MODULES = (
     "topk_route",
     "hash_route",
     "grouped_experts",
+    "clamped_swiglu",
 )
 """The modules that declare an op; a new op is one more name."""
 

@@ -1,7 +1,8 @@
-"""The ordered list of passes over a Relax module, in phases, and why they stand in this order.
+"""The ordered lists of passes, and why they stand in this order.
 
-Kernels are chosen at import, so what is left is: fuse the elementwise operators around them, make memory explicit,
-and lower to the virtual machine. Optional phases can be switched off by name.
+On the ONNX graph, patterns of standard operators become custom ops, because kernels are chosen at import. On the Relax
+module that the import gives, what is left is: fuse the elementwise operators around the kernels, make memory explicit,
+and lower to the virtual machine. ONNX passes and optional phases can be switched off by name.
 """
 
 from __future__ import annotations
@@ -10,7 +11,13 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+import onnx
+import onnx_ir as ir
+
 from v4c.errors import UnsupportedError
+
+from .onnx.fuse_swiglu import FuseSwiGLU
+from .onnx.rewriting import GraphPass, PassReport
 
 
 @dataclass(frozen=True)
@@ -47,26 +54,46 @@ PHASES = (
 )  # fmt: skip
 
 
+ONNX_PASSES: tuple[type[GraphPass], ...] = (FuseSwiGLU,)
+"""Passes over the ONNX graph, first to last."""
+
+
 @dataclass(frozen=True)
 class PassOptions:
     """What the user asked of the pipeline.
 
     Attributes:
-        disabled: names of optional phases to leave out.
-        observe: told (number, name, module) of the imported module (number 0) and after each phase.
+        disabled: names of ONNX passes and optional phases to leave out.
+        observe: told (file name, text) of the graph before and after each ONNX pass, and of the module after import and
+            after each phase; texts are made only if it is set.
     """
 
     disabled: frozenset[str] = frozenset()
-    observe: Callable[[int, str, Any], None] | None = None
+    observe: Callable[[str, str], None] | None = None
 
     @classmethod
-    def checked(cls, disabled: Collection[str], observe: Callable[[int, str, Any], None] | None = None) -> PassOptions:
+    def checked(cls, disabled: Collection[str], observe: Callable[[str, str], None] | None = None) -> PassOptions:
         """Options with names checked; UnsupportedError lists the passes that can be switched off."""
-        known = [p.name for p in PHASES if p.optional]
+        known = [p.pass_name for p in ONNX_PASSES] + [p.name for p in PHASES if p.optional]
         for name in disabled:
             if name not in known:
                 raise UnsupportedError(f"pass {name!r}: cannot be disabled; expected one of {', '.join(known)}")
         return cls(frozenset(disabled), observe)
+
+
+def run_onnx_passes(model: ir.Model, options: PassOptions) -> list[PassReport]:
+    """Rewrite `model` in place by every ONNX pass that is not disabled; what each did."""
+
+    def observe(number: int, name: str) -> None:
+        if options.observe:
+            options.observe(f"onnx-{number:02d}-{name}.txt", onnx.printer.to_text(ir.to_proto(model)))
+
+    observe(0, "export")
+    reports = []
+    for number, make in enumerate((p for p in ONNX_PASSES if p.pass_name not in options.disabled), start=1):
+        reports.append(make().run(model))
+        observe(number, make.pass_name)
+    return reports
 
 
 def relax_pipeline(target: Any, options: PassOptions) -> Any:
@@ -74,16 +101,18 @@ def relax_pipeline(target: Any, options: PassOptions) -> Any:
     import tvm
     from tvm import relax
 
+    def observe(number: int, name: str, module: Any) -> None:
+        if options.observe:
+            options.observe(f"relax-{number:02d}-{name}.py", module.script(show_meta=False))
+
     @tvm.transform.module_pass(opt_level=0)
     def pipeline(module: Any, context: Any) -> Any:
         with target:
-            if options.observe:
-                options.observe(0, "import", module)
+            observe(0, "import", module)
             for number, phase in enumerate((p for p in PHASES if p.name not in options.disabled), start=1):
                 for name, arguments in phase.passes:
                     module = getattr(relax.transform, name)(**arguments)(module)
-                if options.observe:
-                    options.observe(number, phase.name, module)
+                observe(number, phase.name, module)
         return module
 
     return pipeline

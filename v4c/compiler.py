@@ -23,7 +23,8 @@ from v4c.frontend.config import ModelConfig
 from v4c.frontend.model.caches import CacheSpec, model_caches
 from v4c.frontend.model.model import WeightSource
 from v4c.frontend.onnx_export import Progress, build, cache_shape, set_head
-from v4c.passes.pipeline import PassOptions
+from v4c.passes.onnx.rewriting import PassReport
+from v4c.passes.pipeline import PassOptions, run_onnx_passes
 from v4c.passes.relax.importer import Importer
 from v4c.passes.relax.layouts import WeightSpec
 from v4c.runtime import manifest as artifact
@@ -51,6 +52,8 @@ def compile_model(
     options = PassOptions.checked(disable_passes, _dumper(dump_ir))
     with ArtifactWriter(destination) as writer, tempfile.TemporaryDirectory() as scratch:
         model = source.model if isinstance(source, OnnxSource) else build(config, progress=progress)
+        for report in run_onnx_passes(model, options):
+            _tell(report, progress)
         module, specs = lower(model, config, device, DTYPES[dtype])
         if progress:
             progress("compile kernels", 0, 0)
@@ -76,6 +79,7 @@ def plan(source: WeightSource | ModelConfig | OnnxSource, *, target: str, dtype:
     device = targets.find(target)
     config = source if isinstance(source, ModelConfig) else source.config
     model = source.model if isinstance(source, OnnxSource) else build(config)
+    run_onnx_passes(model, PassOptions())
     _, specs = lower(model, config, device, DTYPES[dtype])
     packed = [artifact.WeightSpec(s.name, *_packed(device, s)) for s in specs]
     return {
@@ -142,6 +146,14 @@ class OnnxSource:
         return array.astype(np.float32) if dtype == "f32" and array.dtype != np.float32 else array
 
 
+def _tell(report: PassReport, progress: Progress | None) -> None:
+    """Report a pass as progress: places rewritten, and each place left alone with the reason."""
+    if progress:
+        progress(f"{report.name}: {report.rewritten} places", 0, 0)
+        for refusal in report.refusals:
+            progress(f"{report.name}: left alone {refusal}", 0, 0)
+
+
 def _packed(device: Target, weight: WeightSpec) -> tuple[str, tuple[int, ...]]:
     spec = device.kernels.packed(weight)
     return spec.dtype, tuple(spec.shape)
@@ -190,7 +202,7 @@ def _dims(spec: CacheSpec) -> tuple[artifact.Dim, ...]:
 
 
 def _dumper(folder: Path | None) -> Any:
-    """Writes the module after each pass as ``NN-name.py`` into `folder`."""
+    """Writes the graph or module after each pass into `folder`."""
     if folder is None:
         return None
     try:
@@ -198,7 +210,7 @@ def _dumper(folder: Path | None) -> Any:
     except OSError as error:
         raise OutputError(f"{folder}: expected a folder for --dump-ir: {error.strerror}") from error
 
-    def observe(number: int, name: str, module: Any) -> None:
-        (folder / f"{number:02d}-{name}.py").write_text(module.script(show_meta=False))
+    def observe(name: str, text: str) -> None:
+        (folder / name).write_text(text)
 
     return observe

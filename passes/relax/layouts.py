@@ -14,6 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from v4c.custom_ops import DOMAIN
+from v4c.passes.onnx.rewriting import constant
 
 
 class Layout(StrEnum):
@@ -98,7 +99,7 @@ def _one(
     if key == ("", "Transpose") and list(node.attributes["perm"].value) == [1, 0]:
         return (Layout.LINEAR, 1) if _feeds_matmul(node, consumers) else plain
     if key == ("", "Reshape") and index == 0:
-        shape = _constant(node.inputs[1])
+        shape = constant(node.inputs[1])
         transposes = consumers.get(str(node.outputs[0].name), [])
         if shape is not None and len(shape) == 3 and len(transposes) == 1:
             transpose = transposes[0][0]
@@ -106,16 +107,6 @@ def _one(
             if grouped and _feeds_matmul(transpose, consumers):
                 return Layout.GROUPED_LINEAR, int(shape[0])
     return plain
-
-
-def _constant(value: ir.Value | None) -> Any:
-    """The array of an initializer or Constant node, None for anything else."""
-    if value is None:
-        return None
-    node = value.producer()
-    if node is not None and node.op_type == "Constant" and "value" in node.attributes:
-        return node.attributes["value"].value.numpy()
-    return value.const_value.numpy() if value.const_value is not None else None
 
 
 def _through(node: ir.Node, consumers: Mapping[str, Any], functions: Mapping[Any, Any]) -> tuple[Layout, int]:

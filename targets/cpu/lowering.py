@@ -24,6 +24,7 @@ from .kernels.mhc import mhc_head, mhc_post, mhc_pre
 from .kernels.rms_norm import rms_norm
 from .kernels.rope import trailing_rope
 from .kernels.routes import hash_route, topk_route
+from .kernels.swiglu import swiglu
 
 Inputs = Mapping[str, TensorSpec]
 Attributes = Mapping[str, Any]
@@ -68,6 +69,7 @@ _CUSTOM: dict[str, Callable[[Inputs, Attributes], Any]] = {
         _size(i, "gate_up", 0), _size(i, "x", 2), _size(i, "down", 2), _size(i, "indices", 2), a["limit"],
         i["gate_up"].dtype,
     ),
+    "ClampedSwiGLU": lambda i, a: swiglu(_size(i, "gate", 2), a["limit"]),
     "EngramHash": lambda i, a: engram_hash(_size(i, "multipliers", 0), _size(i, "primes", 0), a["pad_id"]),
     "EngramLookup": lambda i, a: engram_lookup(
         _size(i, "addresses", 2), _size(i, "table", 1), i["table"].dtype

@@ -90,13 +90,17 @@ def test_passes_can_be_disabled_and_dumped(one_layer: ModelConfig, tmp_path: Pat
     expected = reference(source, ids)
     v4c.compile(source, tmp_path / "all", dump_ir=tmp_path / "ir")
     names = sorted(p.name for p in (tmp_path / "ir").iterdir())
-    assert names[0] == "00-import.py"
-    assert [n.split("-", 1)[1] for n in names[1:]] == [
-        "legalize.py", "fold-constants.py", "fuse-elementwise.py", "remove-dead-code.py", "plan-memory.py",
-        "lower-to-vm.py",
+    assert names == [
+        "onnx-00-export.txt", "onnx-01-fuse-swiglu.txt", "relax-00-import.py", "relax-01-legalize.py",
+        "relax-02-fold-constants.py", "relax-03-fuse-elementwise.py", "relax-04-remove-dead-code.py",
+        "relax-05-plan-memory.py", "relax-06-lower-to-vm.py",
     ]  # fmt: skip
-    assert "hca_attention" in (tmp_path / "ir" / names[0]).read_text()
-    optional = ["fold-constants", "fuse-elementwise", "remove-dead-code"]
+    before, after, module = ((tmp_path / "ir" / n).read_text() for n in names[:3])
+    assert before.count("Sigmoid (") == after.count("Sigmoid (") + 1  # mHC has its own
+    assert "ClampedSwiGLU" not in before
+    assert after.count("v4c.ClampedSwiGLU") == 1
+    assert "hca_attention" in module
+    optional = ["fold-constants", "fuse-elementwise", "fuse-swiglu", "remove-dead-code"]
     v4c.compile(source, tmp_path / "none", disable_passes=optional)
     assert read_manifest(tmp_path / "none").build["disabled_passes"] == optional
     for name in ("all", "none"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import threading
-import time
 from collections.abc import Collection
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -75,7 +74,7 @@ class Progress:
     """The `progress` callback of the API, shown on stderr.
 
     On a terminal a bar appears once the work has taken two seconds; elsewhere nothing does. With `verbose` there are
-    plain lines instead, one per step and at most one per second. An interrupt that Python lost is raised by the next
+    plain lines instead, one per step. An interrupt that Python lost is raised by the next
     call.
     """
 
@@ -85,7 +84,6 @@ class Progress:
         self._task: Any = None
         self._lock = threading.Lock()
         self._last: tuple[str, int, int] = ("working", 0, 0)
-        self._printed = 0.0
         self._timer = threading.Timer(_PATIENCE, self._appear)
         self._timer.daemon = True
         self._interrupts = Interrupts()
@@ -96,8 +94,7 @@ class Progress:
         with self._lock:
             changed = what != self._last[0]
             self._last = (what, done, total)
-            if self._verbose and changed and time.monotonic() - self._printed > 1:
-                self._printed = time.monotonic()
+            if self._verbose and changed:
                 message(what)
             if self._bar is not None:
                 self._show()

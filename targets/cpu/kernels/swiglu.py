@@ -19,18 +19,22 @@ def swiglu(f: int, limit: float) -> tvm.tirx.PrimFunc:
         limit: the model's ``swiglu_limit``.
 
     Returns:
-        PrimFunc of gate ``[rows, f]``, up ``[rows, f]``, y ``[rows, f]``, all float32.
+        PrimFunc of gate ``[B, S, f]``, up ``[B, S, f]``, y ``[B, S, f]``, all float32.
     """
     width = vector_width(f)
 
     @T.prim_func(private=True, s_tir=True)
     def swiglu(gate_: T.handle, up_: T.handle, y_: T.handle):
         T.func_attr({"tirx.noalias": True})
-        rows = T.int64()
-        gate = T.match_buffer(gate_, (rows, T.int64(f)), "float32")
-        up = T.match_buffer(up_, (rows, T.int64(f)), "float32")
-        y = T.match_buffer(y_, (rows, T.int64(f)), "float32")
-        for row in T.parallel(rows):
+        b = T.int64()
+        s = T.int64()
+        gate_bsf = T.match_buffer(gate_, (b, s, T.int64(f)), "float32")
+        up_bsf = T.match_buffer(up_, (b, s, T.int64(f)), "float32")
+        y_bsf = T.match_buffer(y_, (b, s, T.int64(f)), "float32")
+        gate = gate_bsf.view(b * s, T.int64(f))
+        up = up_bsf.view(b * s, T.int64(f))
+        y = y_bsf.view(b * s, T.int64(f))
+        for row in T.parallel(b * s):
             for step in range(T.int64(f // width)):
                 for v in T.vectorized(width):
                     y[row, step * width + v] = clamped_swiglu(
