@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import v4c
-from tests.parity.onnx_session import empty_caches, metadata, open_session
+from tests.parity.onnx_session import decode_differences, empty_caches, metadata, open_session
 from tests.parity.reference import StateDictSource, random_hf_config, random_hf_model
 from v4c.frontend.config import ModelConfig
 from v4c.frontend.initialise import RandomCheckpoint
@@ -133,3 +133,24 @@ def test_no_machine_paths_in_the_file(case: Case) -> None:
     assert b"site-packages" not in data
     assert b"/home/" not in data
     assert str(Path(v4c.__file__).parent).encode() not in data
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("bf16", "BFLOAT16"), ("f16", "FLOAT16")])
+def test_half_precision_storage(tiny_config: ModelConfig, tmp_path: Path, dtype: str, stored: str) -> None:
+    """Matrices are stored in half precision, everything else as it was, and the arithmetic is float32's on them."""
+    source = RandomCheckpoint(tiny_config, seed=4)
+    v4c.export(source, tmp_path / "m.onnx", dtype=dtype)
+    model = onnx.load(tmp_path / "m.onnx", load_external_data=False)
+    kinds = {t.name: onnx.TensorProto.DataType.Name(t.data_type) for t in model.graph.initializer}
+    assert kinds["lm_head.weight"] == kinds["model.layers.1.mlp.experts.down_proj"] == stored
+    assert kinds["model.layers.1.self_attn.sinks"] == kinds["model.norm.weight"] == "FLOAT"
+    torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float16
+
+    class Rounded(RandomCheckpoint):
+        def load(self, name: str, dtype: str | None = None) -> np.ndarray:
+            array = super().load(name, dtype)
+            return torch.from_numpy(array).to(torch_dtype).float().numpy() if kinds[name] == stored else array
+
+    ids = np.random.default_rng(8).integers(0, tiny_config.vocab_size, (2, 90))
+    expected = V4Model.from_source(Rounded(tiny_config, seed=4)).logits(torch.from_numpy(ids)).numpy()
+    assert decode_differences(tmp_path / "m.onnx", ids, expected, prompt=70) <= TOLERANCE
