@@ -199,7 +199,12 @@ def test_compile_refuses_bad_onnx(content: bytes | None, tmp_path: Path) -> None
     assert not (tmp_path / "x").exists()
 
 
-def test_interrupted_compilation_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "message"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_interrupted_compilation_leaves_nothing(
+    number: signal.Signals, code: int, message: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     scratch, out = tmp_path / "scratch", tmp_path / "out"
     scratch.mkdir()
     out.mkdir()
@@ -213,10 +218,10 @@ def test_interrupted_compilation_leaves_nothing(tiny_checkpoint: Path, tmp_path:
     assert process.stderr.readline().startswith("trace")
     assert len(list(out.iterdir())) == 1  # the folder that becomes the artifact
     time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors.splitlines()[-1] == "v4c: error: interrupted"
+    assert process.returncode == code
+    assert errors.splitlines()[-1] == f"v4c: error: {message}"
     assert "Traceback" not in errors
     assert list(out.iterdir()) == []
     assert list(scratch.iterdir()) == []

@@ -1,6 +1,7 @@
 """The command group: global options, and how every outcome becomes an exit code and at most one line on stderr.
 
-Exit codes: 0 done; 1 a check failed; 2 bad usage or bad input; 130 interrupted; 141 the reader of stdout went away.
+Exit codes: 0 done; 1 a check failed; 2 bad usage or bad input; 130 interrupted; 141 the reader of stdout went away; 143
+terminated.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import click
 from v4c.errors import Error
 
 from .inspect import inspect
+from .interrupt import Terminated
 from .make import compile_command, export, init
 from .options import DEBUG, debug_option
 from .presets import presets
 from .run import run
 from .verify import verify
 
-BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+BAD_INPUT, INTERRUPTED, BROKEN_PIPE, TERMINATED = 2, 130, 141, 143
 
 
 class Root(click.Group):
@@ -51,10 +53,11 @@ class Root(click.Group):
             return result
         except (click.ClickException, click.exceptions.Exit):
             raise
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             _trace(ctx)
-            _complain("interrupted")
-            return INTERRUPTED
+            terminated = isinstance(error, Terminated)
+            _complain("terminated" if terminated else "interrupted")
+            return TERMINATED if terminated else INTERRUPTED
         except BrokenPipeError:
             # Python flushes stdout once more at exit, and would complain again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
