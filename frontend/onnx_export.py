@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import onnx_ir as ir
 from v4c.custom_ops import DOMAIN, OPS, OPSET_VERSION
 from v4c.custom_ops.base import ONNX_OPSET
 from v4c.errors import OutputError
+from v4c.progress import Progress
 
 from .config import ModelConfig
 from .model.caches import CacheSpec, model_caches
@@ -36,8 +36,6 @@ _NUMPY_TYPES = {
     ir.DataType.BFLOAT16: ml_dtypes.bfloat16,
     ir.DataType.FLOAT16: np.float16,
 }
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, bytes or steps done, total)."""
 
 
 def cache_shape(spec: CacheSpec) -> list[str | int]:

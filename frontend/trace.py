@@ -52,7 +52,7 @@ def layer_kind(config: ModelConfig, layer: int) -> str:
     """Name of a layer's kind, e.g. ``CSATopKLayer``: layers of one kind share a traced function."""
     attention = {"sliding": "Sliding", "csa": "CSA", "hca": "HCA"}[config.attention_types[layer]]
     router = {"hash": "Hash", "topk": "TopK"}[config.mlp_types[layer]]
-    engram = "Engram" if config.engram is not None and layer in config.engram.layer_ids else ""
+    engram = "Engram" if config.has_engram(layer) else ""
     return f"{attention}{router}{engram}Layer"
 
 
@@ -89,7 +89,7 @@ def trace_layer(config: ModelConfig, layer: int) -> Part:
         "lengths": (batch,),
         "inv_freq": (),
     }
-    engram = config.engram is not None and layer in config.engram.layer_ids
+    engram = config.has_engram(layer)
     if engram:
         inputs["engram_lookup"] = _ids(config.vocab_size)
         dims["engram_lookup"] = ()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from v4c.errors import CheckpointError, UnsupportedError
+from v4c.progress import Progress
 
 if TYPE_CHECKING:
     from v4c.runtime.model import Model
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 Source = Any
 """A checkpoint folder, an ONNX file (compile only), a `ModelConfig` (random weights), or an object with ``config`` and
 ``load(name, dtype)``."""
-Progress = Callable[[str, int, int], None]
 
 
 def export(
@@ -101,7 +101,7 @@ def compile(
     _one_of("kv", kv, ("f32",))
     opened = _open(source, weights)
     if dry_run:
-        return plan(opened, target=target, dtype=dtype)
+        return plan(opened, target=target, dtype=dtype, disable_passes=disable_passes)
     return compile_model(
         opened,
         Path(path),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from v4c.errors import CheckpointError, OutputError, UnsupportedError
 from v4c.frontend.config import ModelConfig
 from v4c.frontend.model.caches import CacheSpec, model_caches
 from v4c.frontend.model.model import WeightSource
-from v4c.frontend.onnx_export import Progress, build, cache_shape, set_head
+from v4c.frontend.onnx_export import build, cache_shape, set_head
 from v4c.passes.onnx.rewriting import PassReport
 from v4c.passes.pipeline import PassOptions, run_onnx_passes
 from v4c.passes.relax.importer import Importer
 from v4c.passes.relax.layouts import WeightSpec
+from v4c.progress import Progress
 from v4c.runtime import manifest as artifact
 from v4c.runtime.library import choose_threads
 from v4c.runtime.writer import ArtifactWriter
@@ -48,12 +49,9 @@ def compile_model(
 ) -> Path:
     """Compile `source` for `target` into the artifact folder `destination`; see `v4c.compile`."""
     device = targets.find(target)
-    config = source if isinstance(source, ModelConfig) else source.config
     options = PassOptions.checked(disable_passes, _dumper(dump_ir))
     with ArtifactWriter(destination) as writer, tempfile.TemporaryDirectory() as scratch:
-        model = source.model if isinstance(source, OnnxSource) else build(config, progress=progress)
-        for report in run_onnx_passes(model, options):
-            _tell(report, progress)
+        model, config = _graph(source, options, progress)
         module, specs = lower(model, config, device, DTYPES[dtype])
         if progress:
             progress("compile kernels", 0, 0)
@@ -61,7 +59,7 @@ def compile_model(
         device.build(module, library, options)
         writer.write_library(library)
         stored = weights and not isinstance(source, ModelConfig)
-        packed = [artifact.WeightSpec(s.name, *_packed(device, s)) for s in specs]
+        packed = _packed(device, specs)
         writer.declare_weights(packed, stored=stored)
         if stored:
             assert not isinstance(source, ModelConfig)
@@ -74,14 +72,14 @@ def compile_model(
     return destination
 
 
-def plan(source: WeightSource | ModelConfig | OnnxSource, *, target: str, dtype: str) -> dict[str, Any]:
+def plan(
+    source: WeightSource | ModelConfig | OnnxSource, *, target: str, dtype: str, disable_passes: Collection[str] = ()
+) -> dict[str, Any]:
     """What `compile_model` would write, without building or reading weights: the ``--dry-run`` report."""
     device = targets.find(target)
-    config = source if isinstance(source, ModelConfig) else source.config
-    model = source.model if isinstance(source, OnnxSource) else build(config)
-    run_onnx_passes(model, PassOptions())
+    model, config = _graph(source, PassOptions.checked(disable_passes), None)
     _, specs = lower(model, config, device, DTYPES[dtype])
-    packed = [artifact.WeightSpec(s.name, *_packed(device, s)) for s in specs]
+    packed = _packed(device, specs)
     return {
         "target": device.name,
         "tensors": len(packed),
@@ -128,7 +126,7 @@ class OnnxSource:
     @property
     def has_weights(self) -> bool:
         """False for a graph exported without weights."""
-        return not any(v.name in set(self.names()) for v in self.model.graph.inputs)
+        return not {v.name for v in self.model.graph.inputs}.intersection(self.names())
 
     def names(self) -> list[str]:
         """Names of the weights."""
@@ -154,9 +152,21 @@ def _tell(report: PassReport, progress: Progress | None) -> None:
             progress(f"{report.name}: left alone {refusal}", 0, 0)
 
 
-def _packed(device: Target, weight: WeightSpec) -> tuple[str, tuple[int, ...]]:
-    spec = device.kernels.packed(weight)
-    return spec.dtype, tuple(spec.shape)
+def _graph(
+    source: WeightSource | ModelConfig | OnnxSource, options: PassOptions, progress: Progress | None
+) -> tuple[ir.Model, ModelConfig]:
+    """The ONNX graph of `source`, its passes done, and its config."""
+    config = source if isinstance(source, ModelConfig) else source.config
+    model = source.model if isinstance(source, OnnxSource) else build(config, progress=progress)
+    for report in run_onnx_passes(model, options):
+        _tell(report, progress)
+    return model, config
+
+
+def _packed(device: Target, weights: list[WeightSpec]) -> list[artifact.WeightSpec]:
+    """The weights as the artifact stores them."""
+    specs = [device.kernels.packed(w) for w in weights]
+    return [artifact.WeightSpec(w.name, s.dtype, tuple(s.shape)) for w, s in zip(weights, specs, strict=True)]
 
 
 def _write_weights(
@@ -201,16 +211,16 @@ def _dims(spec: CacheSpec) -> tuple[artifact.Dim, ...]:
     return ("batch", rows) if spec.width is None else ("batch", rows, spec.width)
 
 
-def _dumper(folder: Path | None) -> Any:
-    """Writes the graph or module after each pass into `folder`."""
+def _dumper(folder: Path | None) -> Callable[[str, str], None] | None:
+    """Writes the graph or module after each pass into `folder`, which is made when there is something to write."""
     if folder is None:
         return None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder}: expected a folder for --dump-ir: {error.strerror}") from error
 
     def observe(name: str, text: str) -> None:
-        (folder / name).write_text(text)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        except OSError as error:
+            raise OutputError(f"{folder / name}: expected to write it, found {error.strerror}") from error
 
     return observe

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from v4c.errors import CheckpointError, InputError
+from v4c.progress import Progress
 
 if TYPE_CHECKING:
     from v4c.frontend.config import ModelConfig
@@ -30,8 +31,6 @@ It holds for bfloat16 weights too: the reference rounds them likewise, and both 
 _FIRST_CHUNKS = ((5, 3, 120, 1), (1, 126, 2, 4))
 """How the two rows of the ragged reading begin: across and exactly onto multiples of 4 and of 128."""
 _LONGEST_CHUNK = 97
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

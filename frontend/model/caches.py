@@ -57,7 +57,7 @@ def layer_caches(config: ModelConfig, layer: int) -> list[CacheSpec]:
             CacheSpec(layer, "index_gate", 2 * ratio, 2 * index),
             CacheSpec(layer, "index_rows", 0, index, ratio),
         ]
-    if config.engram is not None and layer in config.engram.layer_ids:
+    if config.engram is not None and config.has_engram(layer):
         engram = config.engram
         specs += [
             CacheSpec(layer, "engram_ids", engram.max_ngram - 1, None, dtype="int64"),

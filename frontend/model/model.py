@@ -39,7 +39,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        if config.engram is not None and layer in config.engram.layer_ids:
+        if config.engram is not None and config.has_engram(layer):
             self.engram: Engram | None = Engram(config, config.engram, layer)
         else:
             self.engram = None

@@ -18,7 +18,7 @@ from tvm import relax, tirx
 from v4c.custom_ops import DOMAIN, OPS, CustomOp, TensorSpec
 from v4c.errors import UnsupportedError
 
-from .layouts import MATRIX_LAYOUTS, WeightSpec, layout_of, uses
+from .layouts import MATRIX_LAYOUTS, Callee, WeightSpec, layout_of, uses
 from .operators import CONVERTERS, Shape
 
 
@@ -55,11 +55,9 @@ class WeightUse:
 
 @dataclass
 class ImportedFunction:
-    """A Relax function of the module and the weights it takes after its inputs, in order."""
+    """A Relax function of the module: names of its inputs, and the weights it takes after them, in order."""
 
-    name: str
     inputs: list[str]
-    outputs: list[str]
     weights: list[WeightSpec]
     global_var: Any
 
@@ -82,11 +80,7 @@ class Importer:
     builder: Any = field(default_factory=relax.BlockBuilder)
     _kernel_vars: dict[Any, Any] = field(default_factory=dict)
     _privates: dict[Any, ImportedFunction] = field(default_factory=dict)
-
-    @property
-    def functions(self) -> dict[tuple[str, str], ir.Function]:
-        """Model-local functions that are not bodies of custom ops."""
-        return {(f.domain, f.name): f for f in self.model.functions.values() if f.domain != DOMAIN}
+    _callees: dict[tuple[str, str], Callee] = field(default_factory=dict)
 
     def kernel(self, key: Any, make: Any) -> Any:
         """GlobalVar of a kernel, built by `make()` the first time `key` is asked for."""
@@ -98,13 +92,16 @@ class Importer:
 
     def import_main(self, name: str, bindings: Mapping[str, int] | None = None) -> ImportedFunction:
         """Import the main graph as public function `name`; `bindings` fixes symbolic dims, e.g. ``chunk`` to 1."""
+        # Model-local functions that are not bodies of custom ops; anew each time, for the head may have been changed.
+        bodies = [f for f in self.model.functions.values() if f.domain != DOMAIN]
+        self._callees = {(f.domain, f.name): Callee(f, uses(f)) for f in bodies}
         graph, dims = self.model.graph, _Dims(bindings or {})
         consumers = uses(graph)
         inputs = [v for v in graph.inputs if v.name not in self.weight_names]
         weights = [v for v in (*graph.inputs, *graph.initializers.values()) if v.name in self.weight_names]
         specs = [self._weight_spec(v, consumers) for v in weights]
         for node in graph:
-            if (node.domain, node.op_type) in self.functions:
+            if (node.domain, node.op_type) in self._callees:
                 self._private(node, dims, f"{name}_{node.op_type}")
         types = [dims.spec(v) for v in inputs]
         constants = {str(v.name): v for v in graph.initializers.values() if v.name not in self.weight_names}
@@ -114,14 +111,14 @@ class Importer:
     def _weight_spec(self, value: ir.Value, consumers: Any) -> WeightSpec:
         assert value.name is not None
         shape, dtype = tuple(int(d) for d in value.shape), str(value.dtype)  # type: ignore[union-attr, arg-type]
-        layout, groups = layout_of(value.name, consumers, self.functions)
+        layout, groups = layout_of(value.name, consumers, self._callees)
         storage = "int64" if dtype == "INT64" else self.matrix_dtype if layout in MATRIX_LAYOUTS else "float32"
         return WeightSpec(value.name, layout, shape, groups, storage)
 
     def _private(self, call: ir.Node, dims: _Dims, name: str) -> ImportedFunction:
         """The private Relax function of a model-local function for the argument types of `call`."""
-        function = self.functions[(call.domain, call.op_type)]
-        consumers = uses(function)
+        callee = self._callees[(call.domain, call.op_type)]
+        function, consumers = callee.function, callee.consumers
         types, weights, inputs = [], [], []
         for formal, actual in zip(function.inputs, call.inputs, strict=True):
             assert actual is not None
@@ -165,8 +162,7 @@ class Importer:
                 results = [self.tensor(env[str(v.name)]) for v in outputs]
                 out = self.builder.emit_output(relax.Tuple(results))
             var = self.builder.emit_func_output(out)
-        names = [str(v.name) for v in inputs], [str(v.name) for v in outputs]
-        return ImportedFunction(name, *names, [w for _, w in weights], var)
+        return ImportedFunction([str(v.name) for v in inputs], [w for _, w in weights], var)
 
     @contextlib.contextmanager
     def _scope(self, name: str, parameters: list[Any], private: bool) -> Iterator[None]:
@@ -181,7 +177,7 @@ class Importer:
     def _node(self, node: ir.Node, env: dict[str, Any], dims: _Dims) -> None:
         args = [env[str(v.name)] if v is not None else None for v in node.inputs]
         attributes = {name: _attribute(a) for name, a in node.attributes.items()}
-        if (node.domain, node.op_type) in self.functions:
+        if (node.domain, node.op_type) in self._callees:
             results = self._call(node, args, dims)
         elif node.domain == DOMAIN and node.op_type in OPS:
             results = self._custom(OPS[node.op_type], args, attributes)

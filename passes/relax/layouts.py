@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 import onnx_ir as ir
 
@@ -62,30 +61,41 @@ def uses(nodes: Iterable[ir.Node]) -> dict[str, list[tuple[ir.Node, int]]]:
     return found
 
 
-def layout_of(
-    value: str, consumers: Mapping[str, list[tuple[ir.Node, int]]], functions: Mapping[tuple[str, str], Any]
-) -> tuple[Layout, int]:
+Consumers = Mapping[str, list[tuple[ir.Node, int]]]
+
+
+@dataclass(frozen=True)
+class Callee:
+    """A model-local function and the consumers of its values."""
+
+    function: ir.Function
+    consumers: Consumers
+
+
+Callees = Mapping[tuple[str, str], Callee]
+"""(domain, name) to model-local function."""
+
+
+def layout_of(value: str, consumers: Consumers, functions: Callees) -> tuple[Layout, int]:
     """Layout and number of groups for weight `value`; PLAIN where its uses disagree or are not recognised.
 
     Args:
         value: name of the weight in this graph.
         consumers: as `uses` gives them.
-        functions: (domain, name) to ir.Function, for weights handed on to a model-local function.
+        functions: for weights handed on to a model-local function.
     """
     found = {_one(node, index, consumers, functions) for node, index in consumers.get(value, [])}
     return found.pop() if len(found) == 1 else (Layout.PLAIN, 1)
 
 
-def _one(
-    node: ir.Node, index: int, consumers: Mapping[str, list[tuple[ir.Node, int]]], functions: Mapping[Any, Any]
-) -> tuple[Layout, int]:
+def _one(node: ir.Node, index: int, consumers: Consumers, functions: Callees) -> tuple[Layout, int]:
     key = (node.domain, node.op_type)
     plain = (Layout.PLAIN, 1)
     if key in functions and node.domain != DOMAIN:
-        body = functions[key]
-        name = body.inputs[index].name
+        callee = functions[key]
+        name = callee.function.inputs[index].name
         assert name is not None
-        return layout_of(name, uses(body), functions)
+        return layout_of(name, callee.consumers, functions)
     if key == ("", "Cast"):
         return _through(node, consumers, functions)
     if key == ("", "MatMul") and index == 1:
@@ -109,12 +119,12 @@ def _one(
     return plain
 
 
-def _through(node: ir.Node, consumers: Mapping[str, Any], functions: Mapping[Any, Any]) -> tuple[Layout, int]:
+def _through(node: ir.Node, consumers: Consumers, functions: Callees) -> tuple[Layout, int]:
     name = node.outputs[0].name
     assert name is not None
     return layout_of(name, consumers, functions)
 
 
-def _feeds_matmul(node: ir.Node, consumers: Mapping[str, list[tuple[ir.Node, int]]]) -> bool:
+def _feeds_matmul(node: ir.Node, consumers: Consumers) -> bool:
     readers = consumers.get(str(node.outputs[0].name), [])
     return bool(readers) and all(n.op_type == "MatMul" and i == 1 for n, i in readers)

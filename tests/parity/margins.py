@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DeepseekV4Config
 
+from tests.parity.reference import StateDictSource, random_hf_model
 from v4c.custom_ops.torch_common import ready_rows
 from v4c.frontend.model.model import V4Model, WeightSource
 
@@ -45,6 +47,22 @@ class _Margins(TorchDispatchMode):
         finite = best.masked_fill(best.isinf(), 0)
         gap = (best[:, top_k - 1] - best[:, top_k]) / finite.abs().amax(-1)
         self.smallest = min(self.smallest, float(gap.min()))
+
+
+def clear_model(
+    config: DeepseekV4Config, seed: int, batch: int, length: int
+) -> tuple[Any, StateDictSource, np.ndarray, np.random.Generator]:
+    """Random weights and ids ``[batch, length]`` on which no choice is within rounding; mostly the first draw.
+
+    Returns:
+        The `transformers` model, its weights as a source, the ids, and the generator they came from.
+    """
+    for attempt in range(seed, seed + 20):
+        reference, rng = random_hf_model(config, attempt), np.random.default_rng(attempt)
+        source, ids = StateDictSource.of(reference), rng.integers(0, config.vocab_size, (batch, length))
+        if choices_are_clear(source, ids):
+            return reference, source, ids, rng
+    raise AssertionError(f"20 draws of weights from seed {seed}, each with a choice within rounding")
 
 
 def choices_are_clear(source: WeightSource, ids: np.ndarray) -> bool:

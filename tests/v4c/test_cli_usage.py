@@ -140,7 +140,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         assert result.stderr == ""
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, Linux's device that is always full")
 @pytest.mark.parametrize("argument", ["-h", "presets"])
 def test_full_stdout_is_one_line(argument: str) -> None:
     with open("/dev/full", "w") as full:
