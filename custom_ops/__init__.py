@@ -21,6 +21,17 @@ MODULES = (
     "hash_route",
     "grouped_experts",
     "clamped_swiglu",
+    # What passes put in the place of several of the above.
+    "mhc_pre_norm",
+    "mhc_post_pre_norm",
+    "rotary_query_kv",
+    "derotated_attention",
+    "rotary_lightning_index",
+    "kv_compress_pair",
+    "rms_norm_linear",
+    "topk_router",
+    "hash_router",
+    "mixture_of_experts",
 )
 """The modules that declare an op; a new op is one more name."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +140,10 @@ def build(
     streams.type, streams.shape = streams_type, ir.Shape(streams_shape)
     (logits,) = graph.call(head, "head.", {"streams": streams, **common}, ["logits"])
     logits.type = ir.TensorType(ir.DataType.FLOAT)
-    logits.shape = _logits_shape(config, all_logits)
+    logits.shape = _logits_shape(config.vocab_size, all_logits)
 
     functions = [p.function for p in (embed, *parts.values(), head)]
-    functions += _op_functions(functions)
+    functions += op_functions(functions)
     opsets = {"": ONNX_OPSET, DOMAIN: OPSET_VERSION, PART_DOMAIN: 1}
     for function in functions:
         function.opset_imports.update(opsets)
@@ -165,22 +166,29 @@ def build(
     return ir.Model(main, ir_version=11, producer_name="v4c", functions=functions, metadata_props=metadata)
 
 
-def set_head(model: ir.Model, config: ModelConfig, all_logits: bool) -> None:
-    """Make the model's last call the head that gives the last live token's logits, or every token's."""
-    (call,) = (n for n in model.graph if n.domain == PART_DOMAIN and n.op_type in ("Head", "HeadAll"))
-    name = "HeadAll" if all_logits else "Head"
-    if call.op_type == name:
-        return
-    if (PART_DOMAIN, name, "") not in model.functions:
-        function = trace_head(config, all_logits).function
-        function.opset_imports.update(model.opset_imports)
-        model.functions[function.identifier()] = function
-    call.op_type = name
-    call.outputs[0].shape = _logits_shape(config, all_logits)
+def add_heads(model: ir.Model, config: ModelConfig) -> None:
+    """Give the model both head functions, whichever its last call uses, so that passes see both."""
+    for all_logits in (False, True):
+        if (PART_DOMAIN, _head_name(all_logits), "") not in model.functions:
+            function = trace_head(config, all_logits).function
+            function.opset_imports.update(model.opset_imports)
+            model.functions[function.identifier()] = function
 
 
-def _logits_shape(config: ModelConfig, all_logits: bool) -> ir.Shape:
-    return ir.Shape(["batch", *(["chunk"] if all_logits else []), config.vocab_size])
+def set_head(model: ir.Model, all_logits: bool) -> None:
+    """Make the last call the head that gives the last live token's logits, or every token's; see `add_heads`."""
+    (call,) = (n for n in model.graph if n.domain == PART_DOMAIN and n.op_type in map(_head_name, (False, True)))
+    call.op_type = _head_name(all_logits)
+    assert call.outputs[0].shape is not None
+    call.outputs[0].shape = _logits_shape(int(call.outputs[0].shape[-1]), all_logits)  # type: ignore[arg-type]
+
+
+def _head_name(all_logits: bool) -> str:
+    return "HeadAll" if all_logits else "Head"
+
+
+def _logits_shape(vocab_size: int, all_logits: bool) -> ir.Shape:
+    return ir.Shape(["batch", *(["chunk"] if all_logits else []), vocab_size])
 
 
 def check_destination(path: Path) -> None:
@@ -196,9 +204,9 @@ def _constant(name: str, array: np.ndarray) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
 
 
-def _op_functions(parts: list[ir.Function]) -> list[ir.Function]:
-    """Bodies of the custom ops that the parts call, with their helpers."""
-    used = {node.op_type for part in parts for node in part if node.domain == DOMAIN}
+def op_functions(graphs: Iterable[ir.Graph | ir.Function]) -> list[ir.Function]:
+    """Bodies of the custom ops that these graphs call, with their helpers."""
+    used = {node.op_type for graph in graphs for node in graph if node.domain == DOMAIN}
     protos = {f.name: f for op in OPS.values() if op.name in used for f in op.functions}
     return [ir.from_proto(f.to_function_proto()) for f in protos.values()]
 

@@ -24,6 +24,8 @@ ALIGNMENT = 64
 """Bytes; every weight, cache and input starts on such a boundary: one cache line, one AVX-512 register."""
 
 ENTRY_POINTS = ("prefill", "prefill_all", "decode")
+DECODE_ONE = "decode_one"
+"""An entry point a library may have besides `ENTRY_POINTS`: ``decode`` of a batch of one row."""
 """Logits of each row's last live token [B, V]; of all positions [B, S, V]; and [B, V] with the chunk bound to 1."""
 
 PARAMETERS = ("input_ids", "positions", "lengths", "caches", "weights")
@@ -137,7 +139,7 @@ class Manifest:
         max_context: largest context of a session, in tokens.
         eos_token_ids: ids that end a generation; may be empty.
         caches: caches in argument order.
-        entry_points: entry point (all of `ENTRY_POINTS`) to the name of its function in the library.
+        entry_points: entry point (`ENTRY_POINTS`, perhaps `DECODE_ONE`) to the name of its function in the library.
         build: free notes on how it was compiled (options, passes), for `v4c inspect`.
         weights: weights in argument order.
         library: file name of the compiled library.
@@ -344,7 +346,7 @@ def _weight(fields: Fields, files: Mapping[str, StoredFile]) -> StoredWeight:
 
 def _entry_points(fields: Fields) -> dict[str, str]:
     functions = {}
-    for name in ENTRY_POINTS:
+    for name in (*ENTRY_POINTS, *(n for n in fields.remaining() if n == DECODE_ONE)):
         entry = fields.section(name)
         functions[name] = entry.text("function")
         parameters = tuple(entry.items("parameters", str, "names"))

@@ -24,7 +24,7 @@ from v4c.runtime.inputs import (
     live_tokens,
 )
 from v4c.runtime.library import Program, one_line
-from v4c.runtime.manifest import Manifest
+from v4c.runtime.manifest import DECODE_ONE, Manifest
 from v4c.runtime.tensors import aligned_zeros, array_over, tensor_over
 
 _INT64 = np.dtype(np.int64)
@@ -107,7 +107,7 @@ class Session:
             lengths = checked_lengths(lengths, self.batch, 1)
             tokens = live_tokens(tokens, lengths, self._manifest.vocab_size)
             check_capacity(self._positions, lengths, self.max_context)
-            logits = self._run("decode", tokens, lengths)
+            logits = self._run(self._decode_entry, tokens, lengths)
             logits[lengths == 0] = np.nan
             return logits
 
@@ -160,9 +160,14 @@ class Session:
                 mask = np.arange(width) < live[:, None]
                 result[:, start : start + width][mask] = logits[mask]
             else:
-                logits = self._run("decode" if width == 1 else "prefill", piece, live)
+                logits = self._run(self._decode_entry if width == 1 else "prefill", piece, live)
                 result[live > 0] = logits[live > 0]
         return result
+
+    @property
+    def _decode_entry(self) -> str:
+        """The entry point of a step of one token per row."""
+        return DECODE_ONE if self.batch == 1 and DECODE_ONE in self._manifest.entry_points else "decode"
 
     def _run(self, entry: str, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """One call of a compiled function on checked arguments; positions move on when it has returned."""

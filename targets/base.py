@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from v4c.passes.pipeline import PassOptions
-from v4c.passes.relax.importer import Kernels
+from v4c.passes.relax.kernels import Kernels
 from v4c.passes.relax.layouts import WeightSpec
 
 
@@ -32,7 +32,7 @@ class Target(Protocol):
         """Kernel factories and packed shapes."""
 
     def pack(self, weight: WeightSpec, array: np.ndarray) -> np.ndarray:
-        """A weight as the kernels read it: converted to its storage dtype and packed."""
+        """A weight as the kernels read it: converted to its storage dtype and packed; `array` joins merged parts."""
 
     def build(self, module: Any, library: Path, options: PassOptions) -> None:
         """Lower and compile a Relax module into a shared library."""

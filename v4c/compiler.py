@@ -1,7 +1,7 @@
 """The compile driver: a checkpoint or an ONNX file in, an artifact out.
 
-The graph is imported three times - prompt chunks, prompt chunks with the logits of every token, single tokens - into
-one module with shared kernels; the target builds it; then weights are packed and written one by one.
+The graph is imported three times - chunks of tokens, chunks with the logits of every token, a single token of a single
+row - into one module with shared kernels; the target builds it; then weights are packed and written one by one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ import numpy as np
 import onnx_ir as ir
 
 from v4c import targets
-from v4c.errors import CheckpointError, OutputError, UnsupportedError
+from v4c.errors import CheckpointError, UnsupportedError
 from v4c.frontend.config import ModelConfig
 from v4c.frontend.model.caches import CacheSpec, model_caches
 from v4c.frontend.model.model import WeightSource
-from v4c.frontend.onnx_export import build, cache_shape, set_head
+from v4c.frontend.onnx_export import add_heads, build, cache_shape, set_head
+from v4c.passes.dump import Dump
 from v4c.passes.onnx.rewriting import PassReport
-from v4c.passes.pipeline import PassOptions, run_onnx_passes
+from v4c.passes.pipeline import PACK_WEIGHTS, SHARE_LAYERS, SPECIALISE_DECODE, PassOptions, run_onnx_passes
 from v4c.passes.relax.importer import Importer
 from v4c.passes.relax.layouts import WeightSpec
 from v4c.progress import Progress
@@ -49,10 +50,10 @@ def compile_model(
 ) -> Path:
     """Compile `source` for `target` into the artifact folder `destination`; see `v4c.compile`."""
     device = targets.find(target)
-    options = PassOptions.checked(disable_passes, _dumper(dump_ir))
+    options = PassOptions.checked(disable_passes, None if dump_ir is None else Dump(dump_ir))
     with ArtifactWriter(destination) as writer, tempfile.TemporaryDirectory() as scratch:
-        model, config = _graph(source, options, progress)
-        module, specs = lower(model, config, device, DTYPES[dtype])
+        model, config = _graph(source, options, DTYPES[dtype], progress)
+        module, specs = lower(model, device, DTYPES[dtype], options)
         if progress:
             progress("compile kernels", 0, 0)
         library = Path(scratch) / "model.so"
@@ -68,7 +69,7 @@ def compile_model(
         if tokenizer is not None:
             writer.copy_tokenizer(tokenizer)
         build_notes = {"dtype": dtype, "disabled_passes": sorted(disable_passes)}
-        writer.finish(_manifest(config, device, dtype, build_notes))
+        writer.finish(_manifest(config, device, dtype, build_notes, SPECIALISE_DECODE not in options.disabled))
     return destination
 
 
@@ -77,8 +78,9 @@ def plan(
 ) -> dict[str, Any]:
     """What `compile_model` would write, without building or reading weights: the ``--dry-run`` report."""
     device = targets.find(target)
-    model, config = _graph(source, PassOptions.checked(disable_passes), None)
-    _, specs = lower(model, config, device, DTYPES[dtype])
+    options = PassOptions.checked(disable_passes)
+    model, config = _graph(source, options, DTYPES[dtype], None)
+    _, specs = lower(model, device, DTYPES[dtype], options)
     packed = _packed(device, specs)
     return {
         "target": device.name,
@@ -89,18 +91,26 @@ def plan(
     }
 
 
-def lower(model: ir.Model, config: ModelConfig, device: Target, matrix_dtype: str) -> tuple[Any, list[WeightSpec]]:
-    """The Relax module with the three entry points, and the weights they take, in order."""
+def lower(model: ir.Model, device: Target, matrix_dtype: str, options: PassOptions) -> tuple[Any, list[WeightSpec]]:
+    """The Relax module with the entry points, and the weights they take, in order."""
     choose_threads()  # before TVM makes its workers: the artifact may be run in this same process
-    names = frozenset(json.loads(model.metadata_props["v4c.weights"]))
-    importer = Importer(model, device.kernels, names, matrix_dtype)
-    set_head(model, config, all_logits=False)
+    importer = Importer(
+        model, device.kernels, _weight_names(model), matrix_dtype, share_layers=SHARE_LAYERS not in options.disabled,
+        pack_weights=PACK_WEIGHTS not in options.disabled,
+    )  # fmt: skip
+    set_head(model, all_logits=False)
     prefill = importer.import_main("prefill")
-    decode = importer.import_main("decode", {"chunk": 1})
-    set_head(model, config, all_logits=True)
-    prefill_all = importer.import_main("prefill_all")
-    assert prefill.weights == decode.weights == prefill_all.weights
+    made = [prefill]
+    if SPECIALISE_DECODE not in options.disabled:
+        made.append(importer.import_main(artifact.DECODE_ONE, {"batch": 1, "chunk": 1}))
+    set_head(model, all_logits=True)
+    made.append(importer.import_main("prefill_all"))
+    assert all(m.weights == prefill.weights for m in made)
     return importer.builder.finalize(), prefill.weights
+
+
+def _weight_names(model: ir.Model) -> frozenset[str]:
+    return frozenset(json.loads(model.metadata_props["v4c.weights"]))
 
 
 class OnnxSource:
@@ -153,12 +163,13 @@ def _tell(report: PassReport, progress: Progress | None) -> None:
 
 
 def _graph(
-    source: WeightSource | ModelConfig | OnnxSource, options: PassOptions, progress: Progress | None
+    source: WeightSource | ModelConfig | OnnxSource, options: PassOptions, matrix_dtype: str, progress: Progress | None
 ) -> tuple[ir.Model, ModelConfig]:
     """The ONNX graph of `source`, its passes done, and its config."""
     config = source if isinstance(source, ModelConfig) else source.config
     model = source.model if isinstance(source, OnnxSource) else build(config, progress=progress)
-    for report in run_onnx_passes(model, options):
+    add_heads(model, config)
+    for report in run_onnx_passes(model, options, _weight_names(model), matrix_dtype):
         _tell(report, progress)
     return model, config
 
@@ -181,16 +192,30 @@ def _write_weights(
     for spec, stored in zip(specs, packed, strict=True):
         if progress:
             progress("pack weights", done, total)
-        array = source.load(spec.name, None if spec.dtype == "int64" else "f32")
-        if array.shape != spec.shape:
-            raise CheckpointError(f"{spec.name}: expected shape {list(spec.shape)}, found {list(array.shape)}")
-        writer.write_weight(spec.name, device.pack(spec, array))
+        writer.write_weight(spec.name, device.pack(spec, _load(source, spec)))
         done += stored.nbytes
     if progress:
         progress("pack weights", total, total)
 
 
-def _manifest(config: ModelConfig, device: Target, dtype: str, notes: dict[str, Any]) -> artifact.Manifest:
+def _load(source: WeightSource | OnnxSource, spec: WeightSpec) -> np.ndarray:
+    """A weight from its tensors, joined along axis 0 where it is merged."""
+    arrays = []
+    for name, shape in spec.tensors:
+        array = source.load(name, None if spec.dtype == "int64" else "f32")
+        if array.shape != shape:
+            raise CheckpointError(f"{name}: expected shape {list(shape)}, found {list(array.shape)}")
+        arrays.append(array)
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _manifest(
+    config: ModelConfig, device: Target, dtype: str, notes: dict[str, Any], decode_one: bool
+) -> artifact.Manifest:
+    # A step of several rows is a chunk of one token: the same function.
+    entry_points = {"prefill": "prefill", "prefill_all": "prefill_all", "decode": "prefill"}
+    if decode_one:
+        entry_points[artifact.DECODE_ONE] = artifact.DECODE_ONE
     return artifact.Manifest(
         v4c_version=version("v4c"),
         tvm_version=version("apache-tvm"),
@@ -201,7 +226,7 @@ def _manifest(config: ModelConfig, device: Target, dtype: str, notes: dict[str, 
         max_context=config.max_position_embeddings,
         eos_token_ids=config.eos_token_ids,
         caches=tuple(artifact.CacheSpec(c.path, c.dtype, _dims(c)) for c in model_caches(config)),
-        entry_points={name: name for name in artifact.ENTRY_POINTS},
+        entry_points=entry_points,
         build=notes,
     )
 
@@ -209,18 +234,3 @@ def _manifest(config: ModelConfig, device: Target, dtype: str, notes: dict[str, 
 def _dims(spec: CacheSpec) -> tuple[artifact.Dim, ...]:
     rows: artifact.Dim = artifact.Rows(spec.ratio) if spec.ratio else spec.rows
     return ("batch", rows) if spec.width is None else ("batch", rows, spec.width)
-
-
-def _dumper(folder: Path | None) -> Callable[[str, str], None] | None:
-    """Writes the graph or module after each pass into `folder`, which is made when there is something to write."""
-    if folder is None:
-        return None
-
-    def observe(name: str, text: str) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(text)
-        except OSError as error:
-            raise OutputError(f"{folder / name}: expected to write it, found {error.strerror}") from error
-
-    return observe

@@ -1,4 +1,4 @@
-"""What a checkpoint folder, an ONNX file or an artifact holds: contents, bytes, and what a token costs.
+"""What a checkpoint folder, an ONNX file, an artifact or a dump of passes holds: contents, bytes, what a token costs.
 
 Only headers, graphs and manifests are read, never weights, so it takes no longer on a terabyte than on a megabyte.
 """
@@ -39,11 +39,13 @@ _PARTS = (
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Describe a checkpoint folder, an ONNX file or an artifact folder.
+    """Describe a checkpoint folder, an ONNX file, an artifact folder, or a folder that ``--dump-ir`` filled.
 
     Returns:
-        JSON-able. Always ``kind`` (``"checkpoint"``, ``"onnx"`` or ``"artifact"``), ``path``, and ``problem``: a line
-        on what keeps v4c from using it, or None. Where the config is known also ``config`` and ``costs`` (see `costs`).
+        JSON-able. Always ``kind`` (``"checkpoint"``, ``"onnx"``, ``"artifact"`` or ``"dump"``), ``path``, and
+        ``problem``: a line on what keeps v4c from using it, or None. Where the config is known also ``config`` and
+        ``costs`` (see `costs`). Of a dump: ``context``, and per stage in ``stages`` the nodes, and of one decode step
+        at that context the kernel launches (whole step, and of one run of each function), bytes moved and FLOPs.
 
     Raises:
         InputError: there is nothing at `path`.
@@ -51,9 +53,13 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.exists():
-        raise InputError(f"{path}: expected a checkpoint folder, an ONNX file or an artifact, found nothing")
+        raise InputError(f"{path}: expected a checkpoint, an ONNX file, an artifact or a dump, found nothing")
     if path.is_file():
         return _onnx_file(path)
+    from v4c.passes.summary import SUMMARY, read_summary
+
+    if (path / SUMMARY).exists():
+        return {"kind": "dump", "path": str(path), "problem": None, **read_summary(path)}
     return _artifact(path) if (path / "manifest.json").exists() else _checkpoint(path)
 
 

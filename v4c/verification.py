@@ -152,9 +152,12 @@ class _AsStored:
     """A weight source whose tensors are rounded as the artifact stores them, so that only arithmetic is compared."""
 
     def __init__(self, source: Any, model: Model) -> None:
+        from v4c.passes.relax.layouts import part_names
+
         self.config: ModelConfig = source.config
         self._source = source
-        self._rounded = {weight.name for weight in model.manifest.weights if weight.dtype == "bfloat16"}
+        halves = (weight.name for weight in model.manifest.weights if weight.dtype == "bfloat16")
+        self._rounded = {part for name in halves for part in part_names(name)}
 
     def load(self, name: str, dtype: str | None = None) -> np.ndarray:
         if name in self._rounded:

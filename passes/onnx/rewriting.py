@@ -6,7 +6,7 @@ A rule refuses a place that looks right and is not with `refuse`, which keeps th
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import onnx_ir as ir
 from onnxscript.rewriter import MatchResult, pattern
@@ -21,8 +21,20 @@ class PassReport:
     refusals: list[str] = field(default_factory=list)
 
 
+class OnnxPass(Protocol):
+    """A pass over an ONNX graph, made anew for each run."""
+
+    pass_name: str
+
+    def run(self, model: ir.Model) -> PassReport:
+        """Rewrite `model` in place."""
+
+
 class GraphPass(pattern.RewriteRuleClassBase):
-    """Base of the ONNX passes: subclasses give `pass_name`, `pattern`, `check` and `rewrite`."""
+    """Base of the ONNX passes: subclasses give `pass_name`, `pattern`, `check` and `rewrite`.
+
+    A pass with several forms of one pattern overrides `rules` instead.
+    """
 
     pass_name: str
 
@@ -37,10 +49,13 @@ class GraphPass(pattern.RewriteRuleClassBase):
         self.refusals.append(f"{where}: expected {expected}, found {found}")
         return result.fail(self.refusals[-1])
 
+    def rules(self) -> list[pattern.RewriteRule]:
+        """The rewrite rules, tried in order at every node."""
+        return [pattern.RewriteRule(self.pattern, self.rewrite, self.check, name=self.pass_name)]
+
     def run(self, model: ir.Model) -> PassReport:
-        """Rewrite `model` in place, main graph and functions, wherever the pattern matches."""
-        rule = pattern.RewriteRule(self.pattern, self.rewrite, self.check, name=self.pass_name)
-        count = pattern.RewriteRuleSet([rule]).apply_to_model(model)
+        """Rewrite `model` in place, main graph and functions, wherever a rule matches."""
+        count = pattern.RewriteRuleSet(self.rules()).apply_to_model(model)
         return PassReport(self.pass_name, count, self.refusals)
 
 

@@ -7,9 +7,9 @@ size does not grow with depth. Shape arithmetic is evaluated here, on symbolic i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,40 +17,17 @@ from tvm import relax, tirx
 
 from v4c.custom_ops import DOMAIN, OPS, CustomOp, TensorSpec
 from v4c.errors import UnsupportedError
+from v4c.passes.cost import INPUTS_ATTRIBUTE, OP_ATTRIBUTE
 
-from .layouts import MATRIX_LAYOUTS, Callee, WeightSpec, layout_of, uses
-from .operators import CONVERTERS, Shape
-
-
-class Kernels(Protocol):
-    """What a target gives the importer: a PrimFunc per op and the packed form of weights."""
-
-    def custom(self, op: CustomOp, inputs: Sequence[TensorSpec], attributes: Mapping[str, int | float]) -> Any:
-        """Kernel of a custom op: inputs, then the outputs that are not written in place."""
-
-    def linear(self, n: int, k: int, dtype: str) -> Any:
-        """``x [rows, K]`` and a packed ``[N, K]`` weight to ``[rows, N]``."""
-
-    def grouped_linear(self, groups: int, n: int, k: int, dtype: str) -> Any:
-        """``x [rows, G, K]`` and a packed ``[G, N, K]`` weight to ``[rows, G, N]``."""
-
-    def rms_norm(self, width: int, eps: float, weighted: bool) -> Any:
-        """``x [rows, D]`` (and ``weight [D]``) to ``[rows, D]``."""
-
-    def packed(self, weight: WeightSpec) -> TensorSpec:
-        """Shape and dtype a weight has in memory."""
-
+from .kernels import Kernel, Kernels
+from .layouts import MATRIX_LAYOUTS, Callee, Layout, WeightSpec, layout_of, merged_name, uses
+from .merges import Merges, find_merges, origin
+from .operators import CONVERTERS
+from .products import rms_norm_linear
+from .values import Parts, Shape, WeightUse
 
 _OPAQUE = 8
 """TVM's pattern kind of a kernel that nothing may be fused into: ours are scheduled already."""
-
-
-@dataclass(frozen=True)
-class WeightUse:
-    """A weight inside the graph being imported: its Relax parameter, and how it is packed."""
-
-    var: Any
-    spec: WeightSpec
 
 
 @dataclass
@@ -71,49 +48,102 @@ class Importer:
         kernels: the target.
         weight_names: names of the values that are weights.
         matrix_dtype: storage dtype of matrices and tables: ``float32`` or ``bfloat16``.
+        share_layers: one Relax function for all calls of a model-local function with the same argument types, rather
+            than one for each.
+        pack_weights: whether projections are packed for their kernel; what only one kernel can read always is.
     """
 
     model: ir.Model
     kernels: Kernels
     weight_names: frozenset[str]
     matrix_dtype: str = "float32"
+    share_layers: bool = True
+    pack_weights: bool = True
     builder: Any = field(default_factory=relax.BlockBuilder)
     _kernel_vars: dict[Any, Any] = field(default_factory=dict)
     _privates: dict[Any, ImportedFunction] = field(default_factory=dict)
     _callees: dict[tuple[str, str], Callee] = field(default_factory=dict)
+    _merges: Merges = field(default_factory=Merges)
 
-    def kernel(self, key: Any, make: Any) -> Any:
-        """GlobalVar of a kernel, built by `make()` the first time `key` is asked for."""
-        if key not in self._kernel_vars:
-            function = make()
-            function = function.without_attr("global_symbol").with_attr("op_pattern", _OPAQUE)
-            self._kernel_vars[key] = self.builder.add_func(function, str(key[0]))
-        return self._kernel_vars[key]
+    def kernel(self, kernel: Kernel, op: str, inputs: int) -> Any:
+        """GlobalVar of a kernel with that many inputs, built when first asked for; `op` is what it computes."""
+        if kernel not in self._kernel_vars:
+            notes = {"op_pattern": _OPAQUE, OP_ATTRIBUTE: op, INPUTS_ATTRIBUTE: inputs}
+            function = kernel.build().without_attr("global_symbol").with_attrs(notes)
+            self._kernel_vars[kernel] = self.builder.add_func(function, kernel.factory.__name__)
+        return self._kernel_vars[kernel]
 
     def import_main(self, name: str, bindings: Mapping[str, int] | None = None) -> ImportedFunction:
-        """Import the main graph as public function `name`; `bindings` fixes symbolic dims, e.g. ``chunk`` to 1."""
+        """Import the main graph as public function `name`; `bindings` fixes symbolic dims, e.g. ``chunk`` to 1.
+
+        What stands before the last call (the head) becomes a private function, which main functions that differ only in
+        their head share.
+        """
         # Model-local functions that are not bodies of custom ops; anew each time, for the head may have been changed.
         bodies = [f for f in self.model.functions.values() if f.domain != DOMAIN]
         self._callees = {(f.domain, f.name): Callee(f, uses(f)) for f in bodies}
-        graph, dims = self.model.graph, _Dims(bindings or {})
-        consumers = uses(graph)
+        graph, dims, own = self.model.graph, _Dims(bindings or {}), _Dims(bindings or {})
+        consumers, nodes = uses(graph), list(graph)
         inputs = [v for v in graph.inputs if v.name not in self.weight_names]
-        weights = [v for v in (*graph.inputs, *graph.initializers.values()) if v.name in self.weight_names]
-        specs = [self._weight_spec(v, consumers) for v in weights]
-        for node in graph:
-            if (node.domain, node.op_type) in self._callees:
-                self._private(node, dims, f"{name}_{node.op_type}")
-        types = [dims.spec(v) for v in inputs]
+        self._merges = find_merges(graph, self.weight_names)
+        taken = self.weight_names - self._merges.absorbed
+        alone = [v for v in (*graph.inputs, *graph.initializers.values()) if v.name in taken]
+        weights = [(v, self._weight_spec(v, consumers)) for v in (*alone, *(n.outputs[0] for n in self._merges.parts))]
         constants = {str(v.name): v for v in graph.initializers.values() if v.name not in self.weight_names}
-        return self._function(name, list(graph), inputs, types, list(zip(weights, specs, strict=True)),
-                              list(graph.outputs), constants, dims, private=False)  # fmt: skip
+        for node in nodes:
+            if self._is_call(node):
+                self._private(node, dims, f"{name}_{node.op_type}")
+        border = max((i for i, n in enumerate(nodes) if self._is_call(n)), default=0)
+        # A stored weight that is cast is a weight on both sides of the border, not a value that crosses it.
+        casts = [n for n in nodes if n.op_type == "Cast" and origin(n.outputs[0]).name in self.weight_names]
+        layers = _Section.of(nodes[:border], nodes[border:], casts, weights, list(graph.outputs))
+        key = ("layers", tuple(sorted(own.bindings.items())), tuple(str(v.name) for v in layers.outputs))
+        if border and key not in self._privates:
+            self._privates[key] = self._function(
+                f"{name}_layers", layers.nodes, inputs, [own.spec(v) for v in inputs], layers.weights, layers.outputs,
+                constants, own, private=True,
+            )  # fmt: skip
+
+        def before_the_head(env: dict[str, Any]) -> None:
+            arguments = [env[str(v.name)] for v in inputs] + [env[str(v.name)].var for v, _ in layers.weights]
+            out = self.builder.emit(relax.Call(self._privates[key].global_var, arguments))
+            for index, value in enumerate(layers.outputs):
+                env[str(value.name)] = self.builder.emit(relax.TupleGetItem(out, index))
+
+        return self._function(
+            name, [*casts, *nodes[border:]], inputs, [dims.spec(v) for v in inputs], weights, list(graph.outputs), constants, dims,
+            private=False, prelude=before_the_head if border else None,
+        )  # fmt: skip
+
+    def _is_call(self, node: ir.Node) -> bool:
+        return (node.domain, node.op_type) in self._callees
 
     def _weight_spec(self, value: ir.Value, consumers: Any) -> WeightSpec:
-        assert value.name is not None
-        shape, dtype = tuple(int(d) for d in value.shape), str(value.dtype)  # type: ignore[union-attr, arg-type]
-        layout, groups = layout_of(value.name, consumers, self._callees)
-        storage = "int64" if dtype == "INT64" else self.matrix_dtype if layout in MATRIX_LAYOUTS else "float32"
-        return WeightSpec(value.name, layout, shape, groups, storage)
+        """What the weight `value` of the main graph is, and how it is packed; `value` may be the Concat of several."""
+        tensors = self._tensors(value)
+        return self._spec(str(value.name), [str(t.name) for t in tensors], tensors, consumers)
+
+    def _formal_spec(self, formal: ir.Value, actual: ir.Value, consumers: Any) -> WeightSpec:
+        """The same for a function's input: shapes from what is passed, names from the function, equal for all calls."""
+        tensors, name = self._tensors(actual), str(formal.name)
+        names = [name] if len(tensors) == 1 else [f"{name}.{i}" for i in range(len(tensors))]
+        return self._spec(name, names, tensors, consumers)
+
+    def _tensors(self, value: ir.Value) -> list[ir.Value]:
+        producer = value.producer()
+        return self._merges.parts.get(producer, [value]) if producer is not None else [value]
+
+    def _spec(self, value: str, names: list[str], tensors: list[ir.Value], consumers: Any) -> WeightSpec:
+        layout, groups = layout_of(value, consumers, self._callees)
+        if layout == Layout.LINEAR and not self.pack_weights:
+            layout = Layout.ROWS
+        storage = self.matrix_dtype if layout in MATRIX_LAYOUTS else "float32"
+        dtype = "int64" if str(tensors[0].dtype) == "INT64" else storage
+        shapes = [tuple(int(d) for d in t.shape) for t in tensors]  # type: ignore[union-attr, arg-type]
+        if len(tensors) == 1:
+            return WeightSpec(names[0], layout, shapes[0], groups, dtype)
+        shape = (sum(s[0] for s in shapes), *shapes[0][1:])
+        return WeightSpec(merged_name(names), layout, shape, groups, dtype, tuple(zip(names, shapes, strict=True)))
 
     def _private(self, call: ir.Node, dims: _Dims, name: str) -> ImportedFunction:
         """The private Relax function of a model-local function for the argument types of `call`."""
@@ -122,14 +152,20 @@ class Importer:
         types, weights, inputs = [], [], []
         for formal, actual in zip(function.inputs, call.inputs, strict=True):
             assert actual is not None
-            origin = _origin(actual)
-            if origin.name in self.weight_names:
-                spec = self._weight_spec(_retyped(formal, origin), consumers)
-                weights.append((formal, spec))
+            source = origin(actual)
+            if source.name in self.weight_names or source.producer() in self._merges.parts:
+                weights.append((formal, self._formal_spec(formal, source, consumers)))
             else:
                 inputs.append(formal)
                 types.append(dims.spec(actual))
-        key = (call.domain, call.op_type, tuple((s.shape, s.dtype) for s in types), tuple(s for _, s in weights))
+        distinct = None if self.share_layers else call.name
+        key = (
+            call.domain,
+            call.op_type,
+            distinct,
+            tuple((s.shape, s.dtype) for s in types),
+            tuple(s for _, s in weights),
+        )
         if key not in self._privates:
             own = _Dims(dims.bindings)
             fresh = [own.renamed(t) for t in types]
@@ -141,7 +177,7 @@ class Importer:
     def _function(
         self, name: str, nodes: list[ir.Node], inputs: list[ir.Value], types: list[TensorSpec],
         weights: list[tuple[ir.Value, WeightSpec]], outputs: list[ir.Value], constants: Mapping[str, ir.Value],
-        dims: _Dims, private: bool,
+        dims: _Dims, private: bool, prelude: Callable[[dict[str, Any]], None] | None = None,
     ) -> ImportedFunction:  # fmt: skip
         env: dict[str, Any] = {}
         for value, spec in zip(inputs, types, strict=True):
@@ -157,8 +193,11 @@ class Importer:
             env[constant] = value.const_value.numpy()
         with self._scope(name, parameters, private):
             with self.builder.dataflow():
+                if prelude:
+                    prelude(env)
                 for node in nodes:
-                    self._node(node, env, dims)
+                    if node not in self._merges.skipped:
+                        self._node(node, env, dims)
                 results = [self.tensor(env[str(v.name)]) for v in outputs]
                 out = self.builder.emit_output(relax.Tuple(results))
             var = self.builder.emit_func_output(out)
@@ -177,8 +216,10 @@ class Importer:
     def _node(self, node: ir.Node, env: dict[str, Any], dims: _Dims) -> None:
         args = [env[str(v.name)] if v is not None else None for v in node.inputs]
         attributes = {name: _attribute(a) for name, a in node.attributes.items()}
-        if (node.domain, node.op_type) in self._callees:
+        if self._is_call(node):
             results = self._call(node, args, dims)
+        elif (node.domain, node.op_type) == (DOMAIN, "RMSNormLinear"):  # a product: its outputs follow its weight
+            results = rms_norm_linear(self, args, attributes, len(node.outputs))
         elif node.domain == DOMAIN and node.op_type in OPS:
             results = self._custom(OPS[node.op_type], args, attributes)
         elif node.domain == "" and node.op_type in CONVERTERS:
@@ -201,15 +242,15 @@ class Importer:
         logical = [TensorSpec(a.spec.shape, a.spec.dtype) if isinstance(a, WeightUse) else None for a in args]
         variables = [self.tensor(a) for a in args]
         specs = [spec or spec_of(v) for spec, v in zip(logical, variables, strict=True)]
-        static = tuple(tuple(int(d) if isinstance(d, int | tirx.IntImm) else None for d in s.shape) for s in specs)
-        key = (op.torch_name, static, tuple(s.dtype for s in specs), tuple(sorted(attributes.items())))
-        kernel = self.kernel(key, lambda: self.kernels.custom(op, specs, attributes))
+        kernel = self.kernel(self.kernels.custom(op, specs, attributes), op.name, len(specs))
         return op.to_relax(self.builder, kernel, variables, specs, attributes)
 
     def tensor(self, value: Any) -> Any:
         """A Relax variable for any value of the environment: constants are embedded, plain weights are parameters."""
         if isinstance(value, WeightUse):
             return value.var
+        if isinstance(value, Parts):
+            return self.builder.emit(relax.op.concat(list(value.tensors), axis=-1))
         if isinstance(value, Shape):
             raise UnsupportedError("a computed shape is used as a tensor: expected only in shape arguments")
         return relax.const(value, str(value.dtype)) if isinstance(value, np.ndarray) else value
@@ -221,6 +262,25 @@ class Importer:
         for dim in lead:
             rows = rows * dim
         return self.builder.emit(relax.op.reshape(x, [rows, width])), lead
+
+
+@dataclass(frozen=True)
+class _Section:
+    """Nodes of a graph that become a function: with the weights they read, and what they give to the rest."""
+
+    nodes: list[ir.Node]
+    weights: list[tuple[ir.Value, WeightSpec]]
+    outputs: list[ir.Value]
+
+    @classmethod
+    def of(
+        cls, nodes: list[ir.Node], rest: list[ir.Node], casts: list[ir.Node],
+        weights: list[tuple[ir.Value, WeightSpec]], outputs: list[ir.Value],
+    ) -> _Section:  # fmt: skip
+        read = {origin(v) for n in nodes for v in n.inputs if v is not None}
+        made = [v for n in nodes if n not in casts for v in n.outputs]
+        wanted = {v for n in rest for v in n.inputs if v is not None} | set(outputs)
+        return cls(nodes, [(v, w) for v, w in weights if v in read], [v for v in made if v in wanted])
 
 
 class _Dims:
@@ -255,18 +315,6 @@ _DTYPES = {"FLOAT": "float32", "INT64": "int64", "BFLOAT16": "bfloat16", "FLOAT1
 def spec_of(var: Any) -> TensorSpec:
     """Shape and dtype of a Relax variable."""
     return TensorSpec(tuple(var.ty.shape.values), str(var.ty.dtype))
-
-
-def _origin(value: ir.Value) -> ir.Value:
-    """The weight behind a Cast, or the value itself."""
-    node = value.producer()
-    if node is not None and node.op_type == "Cast" and node.inputs[0] is not None:
-        return node.inputs[0]
-    return value
-
-
-def _retyped(formal: ir.Value, actual: ir.Value) -> ir.Value:
-    return ir.Value(name=formal.name, shape=actual.shape, type=actual.type)
 
 
 def _identifier(value: ir.Value) -> str:

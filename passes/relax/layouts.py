@@ -21,14 +21,16 @@ class Layout(StrEnum):
 
     PLAIN = "plain"  # any shape, float32 or int64
     TABLE = "table"  # rows are gathered
+    ROWS = "rows"  # [N, K] as it is: rows are gathered, and y = x @ w.T
     LINEAR = "linear"  # [N, K], y = x @ w.T
     LINEAR_KN = "linear_kn"  # [K, N], y = x @ w
     GROUPED_LINEAR = "grouped_linear"  # [G * N, K], block-diagonal
-    EXPERTS_GATE_UP = "experts_gate_up"  # [E, 2F, D]
-    EXPERTS_DOWN = "experts_down"  # [E, D, F]
+    GATE_UP = "gate_up"  # [..., 2F, D], gate and up projection of an expert, or of each of a stack
+    EXPERTS_DOWN = "experts_down"  # [..., D, F]
+    ROUTER = "router"  # [E, D], a product like LINEAR, kept in float32: rounding would change the choice
 
 
-MATRIX_LAYOUTS = frozenset(Layout) - {Layout.PLAIN}
+MATRIX_LAYOUTS = frozenset(Layout) - {Layout.PLAIN, Layout.ROUTER}
 """Layouts whose storage dtype the user chooses."""
 
 
@@ -37,11 +39,12 @@ class WeightSpec:
     """One weight a compiled function takes: where it comes from and how it is stored.
 
     Attributes:
-        name: tensor name in the checkpoint or ONNX file.
+        name: tensor name in the checkpoint or ONNX file; of a merged weight, its parts' names in one.
         layout: how it is packed.
         shape: shape before packing.
         groups: number of diagonal blocks (`Layout.GROUPED_LINEAR` only, else 1).
         dtype: storage dtype: ``float32``, ``bfloat16`` or ``int64``.
+        parts: of a weight merged from several tensors along axis 0, their names and shapes; otherwise empty.
     """
 
     name: str
@@ -49,6 +52,38 @@ class WeightSpec:
     shape: tuple[int, ...]
     groups: int
     dtype: str
+    parts: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    @property
+    def tensors(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Names and shapes of the tensors it is made from."""
+        return self.parts or ((self.name, self.shape),)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows that each tensor contributes."""
+        return tuple(shape[0] for _, shape in self.tensors)
+
+
+def merged_name(names: Iterable[str]) -> str:
+    """One name for a merged weight: what the parts share outside the braces, what tells them apart inside.
+
+    >>> merged_name(["layers.0.q_a_proj.weight", "layers.0.kv_proj.weight"])
+    'layers.0.{q_a_proj,kv_proj}.weight'
+    """
+    split = [name.split(".") for name in names]
+    shortest = min(len(s) for s in split)
+    first = next((i for i in range(shortest) if len({s[i] for s in split}) > 1), shortest - 1)
+    last = next((i for i in range(shortest - first) if len({s[-1 - i] for s in split}) > 1), shortest - first - 1)
+    inner = ",".join(".".join(s[first : len(s) - last]) for s in split)
+    return ".".join([*split[0][:first], f"{{{inner}}}", *split[0][len(split[0]) - last :]])
+
+
+def part_names(name: str) -> list[str]:
+    """The names that `merged_name` made one of; of any other name, itself."""
+    before, brace, rest = name.partition("{")
+    inner, _, after = rest.partition("}")
+    return [f"{before}{part}{after}" for part in inner.split(",")] if brace else [name]
 
 
 def uses(nodes: Iterable[ir.Node]) -> dict[str, list[tuple[ir.Node, int]]]:
@@ -85,7 +120,23 @@ def layout_of(value: str, consumers: Consumers, functions: Callees) -> tuple[Lay
         functions: for weights handed on to a model-local function.
     """
     found = {_one(node, index, consumers, functions) for node, index in consumers.get(value, [])}
+    if found == {(Layout.TABLE, 1), (Layout.LINEAR, 1)}:  # tied embeddings
+        return Layout.ROWS, 1
     return found.pop() if len(found) == 1 else (Layout.PLAIN, 1)
+
+
+_BY_INPUT: dict[tuple[str, str], dict[int, Layout]] = {
+    ("", "MatMul"): {1: Layout.LINEAR_KN},
+    ("", "Gather"): {0: Layout.TABLE},
+    (DOMAIN, "EngramLookup"): {0: Layout.TABLE},
+    (DOMAIN, "GroupedExperts"): {3: Layout.GATE_UP, 4: Layout.EXPERTS_DOWN},
+    (DOMAIN, "MixtureOfExperts"): {
+        3: Layout.GATE_UP, 4: Layout.EXPERTS_DOWN, 5: Layout.GATE_UP, 6: Layout.EXPERTS_DOWN,
+    },
+    (DOMAIN, "RMSNormLinear"): {2: Layout.LINEAR},
+    (DOMAIN, "TopKRouter"): {1: Layout.ROUTER},
+}  # fmt: skip
+"""Nodes that read a weight directly: (domain, op) to the layout of each input that is packed."""
 
 
 def _one(node: ir.Node, index: int, consumers: Consumers, functions: Callees) -> tuple[Layout, int]:
@@ -98,14 +149,8 @@ def _one(node: ir.Node, index: int, consumers: Consumers, functions: Callees) ->
         return layout_of(name, callee.consumers, functions)
     if key == ("", "Cast"):
         return _through(node, consumers, functions)
-    if key == ("", "MatMul") and index == 1:
-        return Layout.LINEAR_KN, 1
-    if key == ("", "Gather") and index == 0:
-        return Layout.TABLE, 1
-    if key == (DOMAIN, "EngramLookup") and index == 0:
-        return Layout.TABLE, 1
-    if key == (DOMAIN, "GroupedExperts") and index in (3, 4):
-        return (Layout.EXPERTS_GATE_UP if index == 3 else Layout.EXPERTS_DOWN), 1
+    if key in _BY_INPUT:
+        return _BY_INPUT[key].get(index, Layout.PLAIN), 1
     if key == ("", "Transpose") and list(node.attributes["perm"].value) == [1, 0]:
         return (Layout.LINEAR, 1) if _feeds_matmul(node, consumers) else plain
     if key == ("", "Reshape") and index == 0:

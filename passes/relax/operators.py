@@ -16,7 +16,9 @@ from tvm import relax, tirx
 
 from v4c.errors import UnsupportedError
 
+from . import products
 from .layouts import Layout
+from .values import Parts, Shape, WeightUse
 
 if TYPE_CHECKING:
     from .importer import Importer
@@ -24,14 +26,6 @@ if TYPE_CHECKING:
 R = relax.op
 Converter = Callable[["Importer", list[Any], dict[str, Any], int], list[Any]]
 CONVERTERS: dict[str, Converter] = {}
-
-
-class Shape(list[Any]):
-    """An int64 vector known at import: ints and symbolic expressions. `scalar` marks a value of rank 0."""
-
-    def __init__(self, values: Any, scalar: bool = False) -> None:
-        super().__init__(values)
-        self.scalar = scalar
 
 
 def converter(*names: str) -> Callable[[Converter], Converter]:
@@ -70,8 +64,10 @@ def dims_of(value: Any) -> list[Any]:
     """Dimensions of a tensor, constant or weight."""
     if isinstance(value, np.ndarray):
         return list(value.shape)
-    if hasattr(value, "spec"):
+    if isinstance(value, WeightUse):
         return list(value.spec.shape)
+    if isinstance(value, Parts):
+        return [*dims_of(value.tensors[0])[:-1], sum(value.sizes)]
     return [int(d) if isinstance(d, tirx.IntImm) else d for d in value.ty.shape.values]
 
 
@@ -119,14 +115,14 @@ def _cast(importer: Importer, args: list[Any], attributes: dict[str, Any], outpu
         return [x]
     if isinstance(x, np.ndarray):
         return [x.astype(dtype)]
-    if hasattr(x, "spec"):
+    if isinstance(x, WeightUse):
         return [x]  # a stored weight: its kernel converts it, or packing did
     return [x if str(x.ty.dtype) == dtype else importer.builder.emit(R.astype(x, dtype))]
 
 
 @converter("Reshape")
 def _reshape(importer: Importer, args: list[Any], attributes: dict[str, Any], outputs: int) -> list[Any]:
-    if hasattr(args[0], "spec") and args[0].spec.layout == Layout.GROUPED_LINEAR:
+    if isinstance(args[0], WeightUse) and args[0].spec.layout == Layout.GROUPED_LINEAR:
         return [args[0]]
     dims, target = dims_of(args[0]), integers(args[1])
     target = [dims[i] if isinstance(d, int) and d == 0 else d for i, d in enumerate(target)]
@@ -166,7 +162,7 @@ def _same(a: Any, b: Any) -> bool:
 @converter("Transpose")
 def _transpose(importer: Importer, args: list[Any], attributes: dict[str, Any], outputs: int) -> list[Any]:
     x = args[0]
-    if hasattr(x, "spec") and x.spec.layout in (Layout.LINEAR, Layout.GROUPED_LINEAR):
+    if isinstance(x, WeightUse) and x.spec.layout in (Layout.ROWS, Layout.LINEAR, Layout.GROUPED_LINEAR):
         return [x]
     return [importer.builder.emit(R.permute_dims(importer.tensor(x), list(attributes["perm"])))]
 
@@ -219,6 +215,8 @@ def _slice(importer: Importer, args: list[Any], attributes: dict[str, Any], outp
 @converter("Split")
 def _split(importer: Importer, args: list[Any], attributes: dict[str, Any], outputs: int) -> list[Any]:
     axis = attributes.get("axis", 0)
+    if isinstance(args[0], Parts) and axis in (-1, len(dims_of(args[0])) - 1) and args[0].sizes == integers(args[1]):
+        return list(args[0].tensors)
     bounds = np.cumsum(integers(args[1]))[:-1].tolist() if len(args) > 1 and args[1] is not None else outputs
     parts = importer.builder.emit(R.split(importer.tensor(args[0]), bounds, axis))
     return [importer.builder.emit(relax.TupleGetItem(parts, i)) for i in range(outputs)]
@@ -291,52 +289,7 @@ def _fold(apply: Callable[[Any, Any], Any]) -> Converter:
 CONVERTERS.update(Clip=_clip, Min=_fold(R.minimum), Max=_fold(R.maximum))
 
 
-@converter("RMSNormalization")
-def _rms_norm(importer: Importer, args: list[Any], attributes: dict[str, Any], outputs: int) -> list[Any]:
-    x, weight = importer.tensor(args[0]), args[1]
-    if attributes.get("axis", -1) != -1:
-        raise UnsupportedError(f"RMSNormalization: expected axis -1, found {attributes['axis']}")
-    width, eps = int(dims_of(x)[-1]), float(attributes.get("epsilon", 1e-5))
-    weighted = not (isinstance(weight, np.ndarray) and bool(np.all(weight == 1)))
-    flat, lead = importer.rows(x, width)
-    key = ("rms_norm", width, eps, weighted)
-    kernel = importer.kernel(key, lambda: importer.kernels.rms_norm(width, eps, weighted))
-    inputs = [flat, importer.tensor(weight)] if weighted else [flat]
-    out = importer.builder.emit(R.call_tir(kernel, inputs, flat.ty))
-    return [importer.builder.emit(R.reshape(out, [*lead, width]))]
-
-
-@converter("MatMul")
-def _matmul(importer: Importer, args: list[Any], attributes: dict[str, Any], outputs: int) -> list[Any]:
-    x, weight = importer.tensor(args[0]), args[1]
-    spec = getattr(weight, "spec", None)
-    if spec is None or spec.layout == Layout.PLAIN:
-        return [importer.builder.emit(R.matmul(x, importer.tensor(weight)))]
-    if spec.layout == Layout.GROUPED_LINEAR:
-        return [_grouped(importer, x, weight)]
-    n, k = spec.shape if spec.layout == Layout.LINEAR else spec.shape[::-1]
-    flat, lead = importer.rows(x, k)
-    key = ("linear", n, k, spec.dtype)
-    kernel = importer.kernel(key, lambda: importer.kernels.linear(n, k, spec.dtype))
-    rows = flat.ty.shape.values[0]
-    out = importer.builder.emit(R.call_tir(kernel, [flat, weight.var], relax.TensorType([rows, n], "float32")))
-    return [importer.builder.emit(R.reshape(out, [*lead, n]))]
-
-
-def _grouped(importer: Importer, x: Any, weight: Any) -> Any:
-    """``x [..., G, 1, K] @ w [G, K, N]`` as one block-diagonal product."""
-    groups = weight.spec.groups
-    n, k = weight.spec.shape[0] // groups, weight.spec.shape[1]
-    *lead, found, one, _ = dims_of(x)
-    if (found, one) != (groups, 1):
-        raise UnsupportedError(f"grouped MatMul: expected [..., {groups}, 1, {k}], found {dims_of(x)}")
-    rows = reduce(operator.mul, [expression(d) for d in lead])
-    flat = importer.builder.emit(R.reshape(x, [rows, groups, k]))
-    key = ("grouped_linear", groups, n, k, weight.spec.dtype)
-    kernel = importer.kernel(key, lambda: importer.kernels.grouped_linear(groups, n, k, weight.spec.dtype))
-    kind = relax.TensorType([rows, groups, n], "float32")
-    out = importer.builder.emit(R.call_tir(kernel, [flat, weight.var], kind))
-    return importer.builder.emit(R.reshape(out, [*[expression(d) for d in lead], groups, 1, n]))
+CONVERTERS |= {"MatMul": products.matmul, "RMSNormalization": products.rms_norm}
 
 
 def _float(importer: Importer, x: Any) -> Any:

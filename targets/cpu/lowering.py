@@ -10,19 +10,24 @@ from typing import Any
 
 from v4c.custom_ops import CustomOp, TensorSpec
 from v4c.errors import UnsupportedError
+from v4c.passes.relax.kernels import Kernel
 from v4c.passes.relax.layouts import WeightSpec
 
 from . import packing
 from .kernels.attention import compressed_sparse_attention, heavily_compressed_attention, sliding_window_attention
-from .kernels.compress import kv_compress
+from .kernels.compress import kv_compress, kv_compress_pair
 from .kernels.engram import engram_gate_conv, engram_hash, engram_lookup
-from .kernels.experts import grouped_experts
+from .kernels.experts import grouped_experts, mixture_of_experts
 from .kernels.grouped_linear import grouped_linear
 from .kernels.index import lightning_index
-from .kernels.linear import linear
+from .kernels.linear import merged_linear
+from .kernels.linear_unpacked import linear_unpacked
 from .kernels.mhc import mhc_head, mhc_post, mhc_pre
+from .kernels.mhc_fused import mhc_post_pre_norm, mhc_pre_norm
 from .kernels.rms_norm import rms_norm
 from .kernels.rope import trailing_rope
+from .kernels.rotary_query_kv import rotary_query_kv
+from .kernels.routers import hash_router, topk_router
 from .kernels.routes import hash_route, topk_route
 from .kernels.swiglu import swiglu
 
@@ -40,42 +45,91 @@ def _attention_sizes(i: Inputs) -> tuple[int, int, int]:
     return _size(i, "q", 2), _size(i, "q", 3), _size(i, "window", 1)
 
 
+def _rotary(i: Inputs) -> int:
+    """Dims that are rotated."""
+    return 2 * _size(i, "inv_freq", 0)
+
+
+def _csa_sizes(i: Inputs, a: Attributes) -> tuple[Any, ...]:
+    return (*_attention_sizes(i), _size(i, "indices", 2), a["scale"])
+
+
+def _hca_sizes(i: Inputs, a: Attributes) -> tuple[Any, ...]:
+    return (*_attention_sizes(i), a["ratio"], a["scale"])
+
+
+def _index_sizes(i: Inputs, a: Attributes) -> tuple[Any, ...]:
+    return _size(i, "q", 2), _size(i, "q", 3), a["ratio"], a["top_k"]
+
+
+def _expert_sizes(i: Inputs, a: Attributes) -> tuple[Any, ...]:
+    """Experts, hidden size, expert width, experts per token, clamp and weight dtype of a routed expert op."""
+    return (
+        _size(i, "gate_up", 0), _size(i, "x", 2), _size(i, "down", 2), _size(i, "indices", 2), a["limit"],
+        i["gate_up"].dtype,
+    )  # fmt: skip
+
+
 def _streams(i: Inputs) -> tuple[int, int]:
     """Number of streams and their width."""
     return _size(i, "streams", 2), _size(i, "streams", 3)
 
 
-_CUSTOM: dict[str, Callable[[Inputs, Attributes], Any]] = {
-    "TrailingRope": lambda i, a: trailing_rope(
-        _size(i, "x", 2), _size(i, "x", 3), 2 * _size(i, "inv_freq", 0), a["sign"]
+_CUSTOM: dict[str, Callable[[Inputs, Attributes], Kernel]] = {
+    "TrailingRope": lambda i, a: Kernel(trailing_rope, (_size(i, "x", 2), _size(i, "x", 3), _rotary(i), a["sign"])),
+    "RotaryQueryKV": lambda i, a: Kernel(
+        rotary_query_kv, (_size(i, "q", 2), _size(i, "q", 3), _rotary(i), a["q_eps"], a["kv_eps"])
     ),
-    "KVCompress": lambda i, a: kv_compress(
-        _size(i, "kv", 2), _size(i, "rows", 2), 2 * _size(i, "inv_freq", 0), a["ratio"], a["eps"]
+    "KVCompress": lambda i, a: Kernel(
+        kv_compress, (_size(i, "kv", 2), _size(i, "rows", 2), _rotary(i), a["ratio"], a["eps"])
     ),
-    "LightningIndex": lambda i, a: lightning_index(_size(i, "q", 2), _size(i, "q", 3), a["ratio"], a["top_k"]),
-    "CompressedSparseAttention": lambda i, a: compressed_sparse_attention(
-        *_attention_sizes(i), _size(i, "indices", 2), a["scale"]
+    "KVCompressPair": lambda i, a: Kernel(
+        kv_compress_pair,
+        (
+            _size(i, "kv", 2), _size(i, "rows", 2), _size(i, "index_kv", 2), _size(i, "index_rows", 2), _rotary(i),
+            a["ratio"], a["eps"],
+        ),
     ),
-    "HeavilyCompressedAttention": lambda i, a: heavily_compressed_attention(
-        *_attention_sizes(i), a["ratio"], a["scale"]
+    "LightningIndex": lambda i, a: Kernel(lightning_index, _index_sizes(i, a)),
+    "RotaryLightningIndex": lambda i, a: Kernel(lightning_index, (*_index_sizes(i, a), _rotary(i))),
+    "CompressedSparseAttention": lambda i, a: Kernel(compressed_sparse_attention, _csa_sizes(i, a)),
+    "DerotatedCSA": lambda i, a: Kernel(compressed_sparse_attention, (*_csa_sizes(i, a), _rotary(i))),
+    "HeavilyCompressedAttention": lambda i, a: Kernel(heavily_compressed_attention, _hca_sizes(i, a)),
+    "DerotatedHCA": lambda i, a: Kernel(heavily_compressed_attention, (*_hca_sizes(i, a), _rotary(i))),
+    "SlidingWindowAttention": lambda i, a: Kernel(sliding_window_attention, (*_attention_sizes(i), a["scale"])),
+    "DerotatedSlidingAttention": lambda i, a: Kernel(
+        sliding_window_attention, (*_attention_sizes(i), a["scale"], _rotary(i))
     ),
-    "SlidingWindowAttention": lambda i, a: sliding_window_attention(*_attention_sizes(i), a["scale"]),
-    "MHCPre": lambda i, a: mhc_pre(*_streams(i), a["iterations"], a["hc_eps"], a["norm_eps"]),
-    "MHCPost": lambda i, a: mhc_post(*_streams(i)),
-    "MHCHead": lambda i, a: mhc_head(*_streams(i), a["hc_eps"], a["norm_eps"]),
-    "TopKRoute": lambda i, a: topk_route(_size(i, "logits", 2), a["top_k"], a["scaling"]),
-    "HashRoute": lambda i, a: hash_route(_size(i, "logits", 2), _size(i, "table", 1), a["scaling"]),
-    "GroupedExperts": lambda i, a: grouped_experts(
-        _size(i, "gate_up", 0), _size(i, "x", 2), _size(i, "down", 2), _size(i, "indices", 2), a["limit"],
-        i["gate_up"].dtype,
+    "MHCPre": lambda i, a: Kernel(mhc_pre, (*_streams(i), a["iterations"], a["hc_eps"], a["norm_eps"])),
+    "MHCPreNorm": lambda i, a: Kernel(
+        mhc_pre_norm, (*_streams(i), a["iterations"], a["hc_eps"], a["norm_eps"], a["eps"])
     ),
-    "ClampedSwiGLU": lambda i, a: swiglu(_size(i, "gate", 2), a["limit"]),
-    "EngramHash": lambda i, a: engram_hash(_size(i, "multipliers", 0), _size(i, "primes", 0), a["pad_id"]),
-    "EngramLookup": lambda i, a: engram_lookup(
-        _size(i, "addresses", 2), _size(i, "table", 1), i["table"].dtype
+    "MHCPostPreNorm": lambda i, a: Kernel(
+        mhc_post_pre_norm, (*_streams(i), a["iterations"], a["hc_eps"], a["norm_eps"], a["eps"])
     ),
-    "EngramGateConv": lambda i, a: engram_gate_conv(
-        *_streams(i), _size(i, "conv_weight", 1), a["dilation"], a["eps"]
+    "MHCPost": lambda i, a: Kernel(mhc_post, _streams(i)),
+    "MHCHead": lambda i, a: Kernel(mhc_head, (*_streams(i), a["hc_eps"], a["norm_eps"])),
+    "TopKRoute": lambda i, a: Kernel(topk_route, (_size(i, "logits", 2), a["top_k"], a["scaling"])),
+    "HashRoute": lambda i, a: Kernel(hash_route, (_size(i, "logits", 2), _size(i, "table", 1), a["scaling"])),
+    "TopKRouter": lambda i, a: Kernel(
+        topk_router, (_size(i, "weight", 0), _size(i, "x", 2), a["top_k"], a["scaling"], i["weight"].dtype)
+    ),
+    "HashRouter": lambda i, a: Kernel(
+        hash_router, (_size(i, "weight", 0), _size(i, "x", 2), _size(i, "indices", 2), a["scaling"])
+    ),
+    "GroupedExperts": lambda i, a: Kernel(grouped_experts, _expert_sizes(i, a)),
+    "MixtureOfExperts": lambda i, a: Kernel(
+        mixture_of_experts, (*_expert_sizes(i, a), _size(i, "shared_down", 1))
+    ),
+    "ClampedSwiGLU": lambda i, a: Kernel(swiglu, (_size(i, "gate", 2), a["limit"])),
+    "EngramHash": lambda i, a: Kernel(
+        engram_hash, (_size(i, "multipliers", 0), _size(i, "primes", 0), a["pad_id"])
+    ),
+    "EngramLookup": lambda i, a: Kernel(
+        engram_lookup, (_size(i, "addresses", 2), _size(i, "table", 1), i["table"].dtype)
+    ),
+    "EngramGateConv": lambda i, a: Kernel(
+        engram_gate_conv, (*_streams(i), _size(i, "conv_weight", 1), a["dilation"], a["eps"])
     ),
 }  # fmt: skip
 
@@ -83,19 +137,22 @@ _CUSTOM: dict[str, Callable[[Inputs, Attributes], Any]] = {
 class CPUKernels:
     """CPU kernels for the importer."""
 
-    def custom(self, op: CustomOp, inputs: Sequence[TensorSpec], attributes: Attributes) -> Any:
+    def custom(self, op: CustomOp, inputs: Sequence[TensorSpec], attributes: Attributes) -> Kernel:
         if op.name not in _CUSTOM:
             raise UnsupportedError(f"operator {op.name}: no CPU kernel")
         return _CUSTOM[op.name](dict(zip(op.inputs, inputs, strict=True)), attributes)
 
-    def linear(self, n: int, k: int, dtype: str) -> Any:
-        return linear(n, k, dtype)
+    def linear(self, sizes: tuple[int, ...], k: int, dtype: str, norm_eps: float | None) -> Kernel:
+        return Kernel(merged_linear, (sizes, k, dtype, norm_eps))
 
-    def grouped_linear(self, groups: int, n: int, k: int, dtype: str) -> Any:
-        return grouped_linear(groups, n, k, dtype)
+    def linear_unpacked(self, n: int, k: int, dtype: str) -> Kernel:
+        return Kernel(linear_unpacked, (n, k, dtype))
 
-    def rms_norm(self, width: int, eps: float, weighted: bool) -> Any:
-        return rms_norm(width, eps, weighted)
+    def grouped_linear(self, groups: int, n: int, k: int, dtype: str) -> Kernel:
+        return Kernel(grouped_linear, (groups, n, k, dtype))
+
+    def rms_norm(self, width: int, eps: float, weighted: bool) -> Kernel:
+        return Kernel(rms_norm, (width, eps, weighted))
 
     def packed(self, weight: WeightSpec) -> TensorSpec:
         return packing.packed(weight)

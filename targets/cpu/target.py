@@ -16,6 +16,7 @@ from v4c.passes.relax.layouts import WeightSpec
 
 from .lowering import CPUKernels
 from .packing import pack
+from .stack import on_stack
 
 _V2 = ("ssse3", "sse4_1", "sse4_2", "popcnt", "cx16")
 _V3 = (*_V2, "avx", "avx2", "fma", "bmi1", "bmi2", "f16c", "movbe")
@@ -69,7 +70,7 @@ class CPUTarget:
         return pack(weight, array)
 
     def build(self, module: Any, library: Path, options: PassOptions) -> None:
-        from tvm import relax
+        from tvm import relax, tirx
         from tvm import target as tvm_target
 
         described: dict[str, Any] = {"kind": "llvm", "num-cores": os.cpu_count() or 1}
@@ -79,5 +80,8 @@ class CPUTarget:
             # LLVM's default for the level splits 512-bit vectors in two; the kernels are written for whole ones.
             described["mattr"] = ["-prefer-256-bit"]
         target = tvm_target.Target(described)
+        for variable, function in module.functions.items():
+            if isinstance(function, tirx.PrimFunc):
+                module[variable] = on_stack(function)
         executable = relax.build(module, target=target, relax_pipeline=relax_pipeline(target, options))
         executable.export_library(str(library))

@@ -15,7 +15,7 @@ from v4c.custom_ops import OPS
 from v4c.errors import InputError
 
 OP = OPS["KVCompress"]
-WIDTH, PAIRS, ROWS, EPS = 6, 2, 20, 1e-5
+WIDTH, PAIRS, ROWS, EPS = 6, 2, 48, 1e-5
 STATE = ("state_kv", "state_gate", "rows")
 KINDS = [(1, 4), (2, 4), (2, 1), (1, 5), (2, 3)]
 """(halves, ratio): one half is HCA, two halves with overlap are CSA and the indexer."""

@@ -20,7 +20,7 @@ from tvm import relax
 from v4c.errors import UnsupportedError
 from v4c.passes.pipeline import PassOptions, relax_pipeline
 from v4c.passes.relax.importer import Importer
-from v4c.passes.relax.layouts import Layout, WeightSpec
+from v4c.passes.relax.layouts import Layout, WeightSpec, merged_name, part_names
 from v4c.targets.cpu.lowering import CPUKernels
 from v4c.targets.cpu.packing import pack, packed
 
@@ -53,10 +53,14 @@ def import_model(model: Any, weights: dict[str, np.ndarray], bindings: dict[str,
 def run(model: Any, weights: dict[str, np.ndarray], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     """The model through the importer and the whole pipeline."""
     module, function = import_model(model, weights)
+    return execute(module, [feeds[n] for n in function.inputs] + [pack(w, weights[w.name]) for w in function.weights])
+
+
+def execute(module: Any, arguments: list[np.ndarray]) -> list[np.ndarray]:
+    """Function ``main`` of a module, built by the whole pipeline."""
     target = tvm.target.Target("llvm")
     built = relax.build(module, target=target, relax_pipeline=relax_pipeline(target, PassOptions()))
     machine = relax.VirtualMachine(built, tvm.cpu())
-    arguments = [feeds[n] for n in function.inputs] + [pack(w, weights[w.name]) for w in function.weights]
     return [t.numpy() for t in machine["main"](*(tvm.runtime.tensor(np.ascontiguousarray(a)) for a in arguments))]
 
 
@@ -155,6 +159,71 @@ def test_a_weight_used_in_two_ways_stays_plain() -> None:
     np.testing.assert_allclose(run(model, weights, feeds)[0], reference(model, feeds)[0], rtol=1e-4, atol=1e-4)
 
 
+def test_a_table_that_is_also_a_projection_is_stored_once_as_it_is() -> None:
+    """Tied embeddings: rows are gathered from what the last product multiplies with."""
+    weights = {"w": normal(12, 12)}
+    nodes = [
+        node("Transpose", ["w"], "t", perm=[1, 0]),
+        node("MatMul", ["x", "t"], "m"),
+        node("Gather", ["w", "ids"], "rows", axis=0),
+        node("Add", ["m", "rows"], "y"),
+    ]
+    model = graph(nodes, {"x": ["batch", 2, 12]}, ["y"], weights, {"ids": np.array([3, 7])})
+    _, function = import_model(model, weights)
+    assert [(w.layout, w.shape) for w in function.weights] == [(Layout.ROWS, (12, 12))]
+    feeds = {"x": normal(3, 2, 12)}
+    np.testing.assert_allclose(run(model, weights, feeds)[0], reference(model, feeds)[0], rtol=1e-5, atol=1e-5)
+
+
+MERGED = [
+    node("Concat", ["a", "b", "c"], "w", axis=0),
+    node("Transpose", ["w"], "t", perm=[1, 0]),
+    node("MatMul", ["x", "t"], "y"),
+]
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("pack_weights", [True, False])
+def test_joined_weights_are_one_product(split: bool, pack_weights: bool) -> None:
+    """With a Split of the same sizes the parts are the kernel's outputs; otherwise they are joined again."""
+    weights = {"a": normal(5, 12), "b": normal(40, 12), "c": normal(1, 12)}
+    tail = [helper.make_node("Split", ["y", "sizes"], ["ya", "yb", "yc"], axis=-1)] if split else []
+    outputs = ["ya", "yb", "yc"] if split else ["y"]
+    model = graph([*MERGED, *tail], {"x": ["batch", 3, 12]}, outputs, weights, {"sizes": np.array([5, 40, 1])})
+    importer = Importer(ir.from_proto(model), CPUKernels(), frozenset(weights), pack_weights=pack_weights)
+    function = importer.import_main("main")
+    (spec,) = function.weights
+    assert spec.name == "{a,b,c}"
+    assert spec.layout == (Layout.LINEAR if pack_weights else Layout.ROWS)
+    assert spec.tensors == (("a", (5, 12)), ("b", (40, 12)), ("c", (1, 12)))
+    feeds = {"x": normal(2, 3, 12)}
+    joined = np.concatenate([weights[n] for n, _ in spec.tensors])
+    found = execute(importer.builder.finalize(), [feeds["x"], pack(spec, joined)])
+    for a, b in zip(found, reference(model, feeds), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_part_that_is_also_read_alone_is_stored_for_both() -> None:
+    weights = {"a": normal(5, 12), "b": normal(3, 12), "c": normal(4, 12)}
+    nodes = [*MERGED, node("Transpose", ["a"], "ta", perm=[1, 0]), node("MatMul", ["x", "ta"], "alone")]
+    _, function = import_model(graph(nodes, {"x": [1, 3, 12]}, ["y", "alone"], weights), weights)
+    assert [w.name for w in function.weights] == ["a", "{a,b,c}"]
+
+
+@pytest.mark.parametrize("names", [
+    ("model.layers.0.self_attn.q_a_proj.weight", "model.layers.0.self_attn.kv_proj.weight"), ("a", "b"),
+    ("x.a.w", "x.a.b.w"), ("same.w", "same.w"),
+])  # fmt: skip
+def test_a_merged_name_says_its_parts(names: tuple[str, ...]) -> None:
+    expected = {
+        "model.layers.0.self_attn.q_a_proj.weight": "model.layers.0.self_attn.{q_a_proj,kv_proj}.weight",
+        "a": "{a,b}", "x.a.w": "x.a.{w,b.w}", "same.w": "same.{w,w}",
+    }  # fmt: skip
+    assert merged_name(names) == expected[names[0]]
+    assert part_names(merged_name(names)) == list(names)
+    assert part_names(names[0]) == [names[0]]
+
+
 def test_functions_are_imported_once_and_weights_stay_apart() -> None:
     body = [node("Transpose", ["w"], "t", perm=[1, 0]), node("MatMul", ["x", "t"], "y")]
     local = helper.make_function("local", "Block", ["x", "w"], ["y"], body, [helper.make_opsetid("", 23)])
@@ -173,7 +242,8 @@ def test_functions_are_imported_once_and_weights_stay_apart() -> None:
     assert all(w.layout == Layout.LINEAR for w in function.weights)
     functions = [f for f in module.functions.values() if isinstance(f, relax.Function)]
     kernels = [f for f in module.functions.values() if not isinstance(f, relax.Function)]
-    assert (len(functions), len(kernels)) == (2, 1)
+    # The block, what stands before the last call, and the main function.
+    assert (len(functions), len(kernels)) == (3, 1)
     feeds = {"x": normal(2, 3, 12)}
     np.testing.assert_allclose(run(model, weights, feeds)[0], reference(model, feeds)[0], rtol=1e-4, atol=1e-3)
 
@@ -202,7 +272,7 @@ def test_refusals_name_the_operator(nodes: list[Any], message: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", list(Layout))
 def test_packed_shape_and_dtype_are_what_packing_gives(layout: Layout, dtype: str) -> None:
-    shape = (3, 10, 6) if layout.value.startswith("experts") else (12, 7)
+    shape = (3, 10, 6) if layout in (Layout.GATE_UP, Layout.EXPERTS_DOWN) else (12, 7)
     spec = WeightSpec("w", layout, shape, 3 if layout == Layout.GROUPED_LINEAR else 1, dtype)
     array = pack(spec, normal(*shape))
     assert array.shape == tuple(packed(spec).shape)

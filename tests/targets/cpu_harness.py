@@ -19,6 +19,8 @@ import ml_dtypes
 import numpy as np
 import tvm
 
+from v4c.targets.cpu.stack import on_stack
+
 _ALIGNMENT = 64
 _GUARD = 0xFF
 _GUARD_BYTES = 256
@@ -46,7 +48,7 @@ def target() -> tvm.target.Target:
 @functools.lru_cache(maxsize=256)
 def compiled(factory: Callable[..., tvm.tirx.PrimFunc], *args: Any, **kwargs: Any) -> tvm.runtime.Executable:
     """Compile ``factory(*args, **kwargs)`` once; later calls with equal arguments return the same kernel."""
-    function = factory(*args, **kwargs).with_attr("global_symbol", "main")
+    function = on_stack(factory(*args, **kwargs).with_attr("global_symbol", "main"))
     return tvm.compile(tvm.IRModule({"main": function}), target=target())
 
 

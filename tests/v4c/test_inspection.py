@@ -222,7 +222,7 @@ def test_artifact(tiny_artifact: Path, tiny_config: ModelConfig, tmp_path: Path)
     assert description["files"] == {
         file.name: file.stat().st_size for file in tiny_artifact.iterdir() if file.name != "manifest.json"
     }
-    assert set(description["entry_points"]) == {"prefill", "prefill_all", "decode"}
+    assert set(description["entry_points"]) == {"prefill", "prefill_all", "decode", "decode_one"}
     assert description["bytes"] == sum(weight.nbytes for weight in read_manifest(tiny_artifact).weights)
     assert description["costs"] == costs(tiny_config)
     assert description["target"]["name"].startswith("cpu")

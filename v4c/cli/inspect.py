@@ -1,4 +1,4 @@
-"""``v4c inspect``: what a checkpoint, an ONNX file or an artifact holds, as tables or JSON."""
+"""``v4c inspect``: what a checkpoint, an ONNX file, an artifact or a dump of passes holds, as tables or JSON."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ _LAYER = re.compile(r"\b\d+\b")
 @json_option
 @debug_option
 def inspect(path: Path, as_json: bool) -> None:
-    """Show what a checkpoint, ONNX file or artifact holds.
+    """Show what a checkpoint, ONNX file or artifact holds, or what the passes of a --dump-ir folder did.
 
-    Bytes, operators, and what a token costs at contexts of 4k, 128k and 1M. Weights are not read.
+    Bytes, operators, and what a token costs at contexts of 4k, 128k and 1M; of a dump, kernel launches and bytes moved
+    after each pass. Weights are not read.
     """
     import v4c
 
@@ -37,7 +38,7 @@ def inspect(path: Path, as_json: bool) -> None:
     click.echo(f"{description['kind']} {description['path']}")
     if "config" in description:
         _pairs("model", _lines(description["config"]))
-    {"checkpoint": _checkpoint, "onnx": _onnx, "artifact": _artifact}[description["kind"]](description)
+    {"checkpoint": _checkpoint, "onnx": _onnx, "artifact": _artifact, "dump": _dump}[description["kind"]](description)
     if "costs" in description:
         _costs(description["costs"])
     if description["problem"] is not None:
@@ -75,6 +76,20 @@ def _artifact(description: dict[str, Any]) -> None:
     _bytes("files", description["files"])
     _tensors("caches", description["caches"])
     _bytes(f"{description['tensors']} weights", description["bytes_by_dtype"])
+
+
+def _dump(description: dict[str, Any]) -> None:
+    columns = ("nodes", "launches", "bytes", "FLOPs")
+    table = new_table("after", *columns, numbers=columns)
+    for stage in description["stages"]:
+        figures = (f"{stage['nodes']}", f"{stage['launches']}", bytes_text(stage["bytes"]), count_text(stage["flops"]))
+        table.add_row(stage["stage"], *figures)
+    _show(f"one decode step of one row at a context of {description['context']}", table)
+    first, last = description["stages"][0], description["stages"][-1]
+    table = new_table("function", "launches", numbers=("launches",))
+    for name, launches in last["launches_by_function"].items():
+        table.add_row(name, f"{launches}")
+    _show(f"launches by function; of the whole step {last['launches']}, before the passes {first['launches']}", table)
 
 
 def _costs(costs: dict[str, Any]) -> None:

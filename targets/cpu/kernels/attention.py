@@ -1,7 +1,8 @@
 """The three attention kernels of the CPU: sliding window, compressed sparse (CSA) and heavily compressed (HCA).
 
-They differ only in which compressed rows follow the raw ones. A work item is a token, or, where tokens are too few to
-feed the threads, one block of its heads. The window rings are written last, in a loop of their own.
+They differ only in which compressed rows follow the raw ones, so they are one frame. A work item is a token, or, where
+tokens are too few to feed the threads, one block of its heads. The window rings are written last, in a loop of their
+own.
 """
 
 # mypy: ignore-errors
@@ -15,121 +16,49 @@ from tvm.tirx import PrimFunc
 from .attention_steps import attend_token, parts, tiles, write_window, zero
 
 
-def sliding_window_attention(heads: int, width: int, window_size: int, scale: float) -> PrimFunc:
+def sliding_window_attention(heads: int, width: int, window_size: int, scale: float, rotary_width: int = 0) -> PrimFunc:
     """Attention over the last `window_size` raw rows, the token's own included (V4 paper, section 2.3).
 
     Arguments of the PrimFunc, float32 unless noted: q ``[B, S, heads, width]``, kv ``[B, S, width]``, window
-    ``[B, window_size, width]`` (in place), sinks ``[heads]``, positions, lengths ``[B]`` int64, out as q. Outputs of
-    padding tokens are zero.
+    ``[B, window_size, width]`` (in place), sinks ``[heads]``, positions, lengths ``[B]`` int64, with `rotary_width`
+    inv_freq ``[rotary_width / 2]``, out as q. With `rotary_width`, that many trailing dims of out are rotated back by
+    the token's position. Outputs of padding tokens are zero.
     """
-    tile = tiles(heads, width)
-
-    @T.prim_func(private=True, s_tir=True)
-    def sliding_window_attention(
-        q_: T.handle,
-        kv_: T.handle,
-        window_: T.handle,
-        sinks_: T.handle,
-        positions_: T.handle,
-        lengths_: T.handle,
-        out_: T.handle,
-    ):
-        T.func_attr({"tirx.noalias": True})
-        b = T.int64()
-        s = T.int64()
-        q = T.match_buffer(q_, (b, s, T.int64(heads), T.int64(width)), "float32")
-        kv = T.match_buffer(kv_, (b, s, T.int64(width)), "float32")
-        window = T.match_buffer(window_, (b, T.int64(window_size), T.int64(width)), "float32")
-        sinks = T.match_buffer(sinks_, (T.int64(heads),), "float32")
-        positions = T.match_buffer(positions_, (b,), "int64")
-        lengths = T.match_buffer(lengths_, (b,), "int64")
-        out = T.match_buffer(out_, (b, s, T.int64(heads), T.int64(width)), "float32")
-        split: T.let = parts(tile, b * s)
-        blocks: T.let = T.truncdiv(T.int64(tile.blocks), split)
-        with T.attr(0, "pragma_parallel_launch_point", 1):
-            # Every n-th item to a thread: later tokens see more rows, and so cost more.
-            with T.attr(0, "pragma_parallel_stride_pattern", 1):
-                for item in T.parallel(split * b * s):
-                    i: T.let = T.truncdiv(T.truncmod(item, b * s), s)
-                    j: T.let = T.truncmod(item, s)
-                    first_head: T.let = T.truncdiv(item, b * s) * blocks * T.int64(tile.head_block)
-                    if j < lengths[i]:
-                        attend_token(
-                            tile, window_size, scale, q, kv, window, None, None, T.int64(0), sinks,
-                            positions[i], out, i, j, first_head, blocks,
-                        )  # fmt: skip
-                    else:
-                        zero(tile, out, i, j, first_head, blocks)
-        write_window(tile, window_size, kv, window, positions, lengths, b)
-
-    return sliding_window_attention
+    return _attention(heads, width, window_size, scale, rotary_width)
 
 
-def heavily_compressed_attention(heads: int, width: int, window_size: int, ratio: int, scale: float) -> PrimFunc:
+def heavily_compressed_attention(
+    heads: int, width: int, window_size: int, ratio: int, scale: float, rotary_width: int = 0
+) -> PrimFunc:
     """Attention over the raw window and every finished compressed row (HCA; V4 paper, section 2.3).
 
-    Arguments of the PrimFunc, float32 unless noted: q ``[B, S, heads, width]``, kv ``[B, S, width]``, window
-    ``[B, window_size, width]`` (in place), rows ``[B, N, width]``, sinks ``[heads]``, positions, lengths ``[B]``
-    int64, out as q. The token at position t sees rows ``w < (t + 1) // ratio``. Outputs of padding tokens are zero.
+    Arguments of the PrimFunc: those of `sliding_window_attention`, with rows ``[B, N, width]`` after window. The token
+    at position t sees rows ``w < (t + 1) // ratio``.
     """
-    tile = tiles(heads, width)
-
-    @T.prim_func(private=True, s_tir=True)
-    def heavily_compressed_attention(
-        q_: T.handle,
-        kv_: T.handle,
-        window_: T.handle,
-        rows_: T.handle,
-        sinks_: T.handle,
-        positions_: T.handle,
-        lengths_: T.handle,
-        out_: T.handle,
-    ):
-        T.func_attr({"tirx.noalias": True})
-        b = T.int64()
-        s = T.int64()
-        n = T.int64()
-        q = T.match_buffer(q_, (b, s, T.int64(heads), T.int64(width)), "float32")
-        kv = T.match_buffer(kv_, (b, s, T.int64(width)), "float32")
-        window = T.match_buffer(window_, (b, T.int64(window_size), T.int64(width)), "float32")
-        rows = T.match_buffer(rows_, (b, n, T.int64(width)), "float32")
-        sinks = T.match_buffer(sinks_, (T.int64(heads),), "float32")
-        positions = T.match_buffer(positions_, (b,), "int64")
-        lengths = T.match_buffer(lengths_, (b,), "int64")
-        out = T.match_buffer(out_, (b, s, T.int64(heads), T.int64(width)), "float32")
-        split: T.let = parts(tile, b * s)
-        blocks: T.let = T.truncdiv(T.int64(tile.blocks), split)
-        with T.attr(0, "pragma_parallel_launch_point", 1):
-            # Every n-th item to a thread: later tokens see more rows, and so cost more.
-            with T.attr(0, "pragma_parallel_stride_pattern", 1):
-                for item in T.parallel(split * b * s):
-                    i: T.let = T.truncdiv(T.truncmod(item, b * s), s)
-                    j: T.let = T.truncmod(item, s)
-                    first_head: T.let = T.truncdiv(item, b * s) * blocks * T.int64(tile.head_block)
-                    if j < lengths[i]:
-                        ready: T.let = (positions[i] + j + T.int64(1)) // T.int64(ratio)
-                        attend_token(
-                            tile, window_size, scale, q, kv, window, rows, None, ready, sinks,
-                            positions[i], out, i, j, first_head, blocks,
-                        )  # fmt: skip
-                    else:
-                        zero(tile, out, i, j, first_head, blocks)
-        write_window(tile, window_size, kv, window, positions, lengths, b)
-
-    return heavily_compressed_attention
+    return _attention(heads, width, window_size, scale, rotary_width, ratio=ratio)
 
 
-def compressed_sparse_attention(heads: int, width: int, window_size: int, top_k: int, scale: float) -> PrimFunc:
+def compressed_sparse_attention(
+    heads: int, width: int, window_size: int, top_k: int, scale: float, rotary_width: int = 0
+) -> PrimFunc:
     """Attention over the raw window and the compressed rows that the indexer chose (CSA; V4 paper, section 2.3).
 
-    Arguments of the PrimFunc, float32 unless noted: q ``[B, S, heads, width]``, kv ``[B, S, width]``, window
-    ``[B, window_size, width]`` (in place), rows ``[B, N, width]``, indices ``[B, S, top_k]`` int64 (negative: no row),
-    sinks ``[heads]``, positions, lengths ``[B]`` int64, out as q. Outputs of padding tokens are zero.
+    Arguments of the PrimFunc: those of `sliding_window_attention`, with rows ``[B, N, width]`` and indices
+    ``[B, S, top_k]`` int64 (negative: no row) after window.
     """
+    return _attention(heads, width, window_size, scale, rotary_width, top_k=top_k)
+
+
+def _attention(
+    heads: int, width: int, window_size: int, scale: float, rotary_width: int, ratio: int = 0, top_k: int = 0
+) -> PrimFunc:
+    """The frame: the first rows with a `ratio`, chosen rows with a `top_k`, and no compressed rows with neither."""
     tile = tiles(heads, width)
+    half = rotary_width // 2
+    has_rows = ratio > 0 or top_k > 0
 
     @T.prim_func(private=True, s_tir=True)
-    def compressed_sparse_attention(
+    def attention(
         q_: T.handle,
         kv_: T.handle,
         window_: T.handle,
@@ -138,6 +67,7 @@ def compressed_sparse_attention(heads: int, width: int, window_size: int, top_k:
         sinks_: T.handle,
         positions_: T.handle,
         lengths_: T.handle,
+        inv_freq_: T.handle,
         out_: T.handle,
     ):
         T.func_attr({"tirx.noalias": True})
@@ -152,29 +82,49 @@ def compressed_sparse_attention(heads: int, width: int, window_size: int, top_k:
         sinks = T.match_buffer(sinks_, (T.int64(heads),), "float32")
         positions = T.match_buffer(positions_, (b,), "int64")
         lengths = T.match_buffer(lengths_, (b,), "int64")
+        inv_freq = T.match_buffer(inv_freq_, (T.int64(half),), "float32")
         out = T.match_buffer(out_, (b, s, T.int64(heads), T.int64(width)), "float32")
         split: T.let = parts(tile, b * s)
         blocks: T.let = T.truncdiv(T.int64(tile.blocks), split)
-        with T.attr(0, "pragma_parallel_launch_point", 1):
-            # Every n-th item to a thread: later tokens see more rows, and so cost more.
-            with T.attr(0, "pragma_parallel_stride_pattern", 1):
-                for item in T.parallel(split * b * s):
-                    i: T.let = T.truncdiv(T.truncmod(item, b * s), s)
-                    j: T.let = T.truncmod(item, s)
-                    first_head: T.let = T.truncdiv(item, b * s) * blocks * T.int64(tile.head_block)
-                    if j < lengths[i]:
-                        chosen = T.alloc_buffer((T.int64(top_k),), "int64")
-                        found: T.int64 = T.int64(0)
-                        for a in range(T.int64(top_k)):
-                            if indices[i, j, a] >= T.int64(0):
-                                chosen[found] = indices[i, j, a]
-                                found = found + T.int64(1)
-                        attend_token(
-                            tile, window_size, scale, q, kv, window, rows, chosen, found, sinks,
-                            positions[i], out, i, j, first_head, blocks,
-                        )  # fmt: skip
+
+        @T.inline
+        def attend_item(item):
+            i: T.let = T.truncdiv(T.truncmod(item, b * s), s)
+            j: T.let = T.truncmod(item, s)
+            first_head: T.let = T.truncdiv(item, b * s) * blocks * T.int64(tile.head_block)
+            if j < lengths[i]:
+                if top_k > 0:
+                    chosen = T.alloc_buffer((T.int64(top_k),), "int64")
+                    compressed: T.int64 = T.int64(0)
+                    for a in range(T.int64(top_k)):
+                        if indices[i, j, a] >= T.int64(0):
+                            chosen[compressed] = indices[i, j, a]
+                            compressed = compressed + T.int64(1)
+                else:
+                    chosen = T.meta_var(None)
+                    if ratio > 0:
+                        compressed: T.let = (positions[i] + j + T.int64(1)) // T.int64(ratio)
                     else:
-                        zero(tile, out, i, j, first_head, blocks)
+                        compressed = T.meta_var(T.int64(0))
+                attend_token(
+                    tile, window_size, scale, half, q, kv, window, rows if has_rows else None, chosen,
+                    compressed, sinks, positions[i], inv_freq, out, i, j, first_head, blocks,
+                )  # fmt: skip
+            else:
+                zero(tile, out, i, j, first_head, blocks)
+
+        if tile.blocks > 1:
+            with T.attr(0, "pragma_parallel_launch_point", 1):
+                # Every n-th item to a thread: later tokens see more rows, and so cost more.
+                with T.attr(0, "pragma_parallel_stride_pattern", 1):
+                    for item in T.parallel(split * b * s):
+                        attend_item(item)
+        else:  # TVM insists on a parallel loop behind the attributes, and one item (a single token) is none
+            for item in T.parallel(b * s):
+                attend_item(item)
         write_window(tile, window_size, kv, window, positions, lengths, b)
 
-    return compressed_sparse_attention
+    # Names that the body of this variant does not use are no parameters of it.
+    has = {"rows": has_rows, "indices": top_k > 0, "inv_freq": half > 0}
+    params = [p for p in attention.params if has.get(p.name, True)]
+    return PrimFunc(params, attention.body, attention.ret_type, attention.attrs)

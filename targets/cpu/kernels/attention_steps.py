@@ -17,6 +17,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from .common import exp, vector_width
+from .rope import fill_angles, rotate_row
 
 PANEL = 64
 """Rows per panel: 128 KiB at the published width of 512."""
@@ -192,10 +193,23 @@ def finish(tile: Tiles, total: Any, out: Any, i: Any, j: Any, g: Any, first_head
 
 
 @T.inline
+def rotate_back(
+    tile: Tiles, half: int, inv_freq: Any, t: Any, out: Any, i: Any, j: Any, first_head: Any, blocks: Any
+) -> None:
+    """Rotate the last ``2 * half`` dims of each head by ``-t * inv_freq``, while the outputs are in the cache."""
+    cosines = T.alloc_buffer((T.int64(half),), "float32")
+    sines = T.alloc_buffer((T.int64(half),), "float32")
+    fill_angles(inv_freq, t, cosines, sines, half)
+    for h in range(blocks * T.int64(tile.head_block)):
+        rotate_row(out, out, (i, j, first_head + h), cosines, sines, tile.width, half, -1.0)
+
+
+@T.inline
 def attend_token(
     tile: Tiles,
     window_size: int,
     scale: float,
+    half: int,
     q: Any,
     kv: Any,
     window: Any,
@@ -204,6 +218,7 @@ def attend_token(
     compressed: Any,
     sinks: Any,
     p: Any,
+    inv_freq: Any,
     out: Any,
     i: Any,
     j: Any,
@@ -213,6 +228,7 @@ def attend_token(
     """`blocks` blocks of heads over the token's last raw rows, then over `compressed` compressed ones.
 
     `rows` is None where there are none; `chosen` lists the compressed rows, or is None where they are the first ones.
+    With `half` pairs in `inv_freq`, the outputs are rotated back by the token's position.
     """
     packed = T.alloc_buffer((T.int64(tile.blocks), T.int64(tile.width), T.int64(tile.head_block)), "float32")
     panel = T.alloc_buffer((T.int64(PANEL), T.int64(tile.pitch)), "float32")
@@ -242,6 +258,8 @@ def attend_token(
             )
     for g in range(blocks):
         finish(tile, total, out, i, j, g, first_head + g * T.int64(tile.head_block))
+    if half > 0:
+        rotate_back(tile, half, inv_freq, t, out, i, j, first_head, blocks)
 
 
 @T.inline

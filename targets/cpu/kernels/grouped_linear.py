@@ -25,7 +25,7 @@ def grouped_linear(groups: int, n: int, k: int, weight_dtype: str = "float32") -
         PrimFunc of x ``[rows, groups, k]`` float32, weight ``[groups, ceil(n / PANEL), k, PANEL]``,
         y ``[rows, groups, n]`` float32.
     """
-    project = projection(groups, n, k)
+    project = projection((n,), k, groups)
     count = panels(n)
 
     @T.prim_func(private=True, s_tir=True)
@@ -38,7 +38,7 @@ def grouped_linear(groups: int, n: int, k: int, weight_dtype: str = "float32") -
         project(
             x.view(rows * groups, T.int64(k)),
             weight.view(T.int64(groups * count), T.int64(k), T.int64(PANEL)),
-            y.view(rows * groups, T.int64(n)),
+            [y.view(rows * groups, T.int64(n))],
             rows,
         )
 

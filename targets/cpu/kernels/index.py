@@ -1,8 +1,9 @@
 """LightningIndex on the CPU: score every finished index row against a token's index heads and keep the best k.
 
 A token's queries are transposed so that heads are lanes: a row's element is broadcast against vectors of heads, which
-needs no sum over lanes until the heads are weighted. Candidates go through a bounded buffer (`selection`), so the
-scratch does not grow with the number of rows. With few tokens, the rows are cut into ranges for the threads.
+needs no sum over lanes until the heads are weighted; queries that come unrotated are rotated on that way. Candidates
+go through a bounded buffer (`selection`), so the scratch does not grow with the number of rows. With few tokens, the
+rows are cut into ranges for the threads.
 """
 
 # mypy: ignore-errors
@@ -10,12 +11,14 @@ scratch does not grow with the number of rows. With few tokens, the rows are cut
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from .common import VECTOR, sum_lanes
+from .rope import fill_angles
 from .selection import LOWEST_KEY, buffer_size, key, prune, push, write_ranked
 
 _ITEMS = 16  # work items to make from few tokens: enough for the threads of a desktop, few enough to merge quickly
@@ -65,28 +68,187 @@ def score_rows(
         fresh[r] = key(sums[r, 0], first + r)
 
 
-def lightning_index(heads: int, width: int, ratio: int, top_k: int) -> PrimFunc:
+@dataclass(frozen=True)
+class Indexer:
+    """The sizes of one indexer, and how its heads and rows are cut."""
+
+    heads: int
+    width: int
+    ratio: int
+    top_k: int
+    rotary_width: int
+    """Trailing dims of the queries to rotate; 0 where they come rotated."""
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of heads in a group: the number of them, or a divisor of it, up to 4."""
+        return max(u for u in (1, 2, 3, 4) if -(-self.heads // VECTOR) % u == 0)
+
+    @property
+    def groups(self) -> int:
+        return -(-self.heads // VECTOR) // self.vectors
+
+    @property
+    def lanes(self) -> int:
+        """Heads in a group."""
+        return self.vectors * VECTOR
+
+    @property
+    def tile(self) -> int:
+        """Rows that are scored at once."""
+        return _ACCUMULATORS // self.vectors
+
+
+@T.inline
+def pack_queries(
+    x: Indexer,
+    q: Any,
+    weights: Any,
+    inv_freq: Any,
+    packed: Any,
+    head_weights: Any,
+    i: Any,
+    j: Any,
+    position: Any,
+) -> None:
+    """Queries of a token at `position` as ``packed[group, d, head]``, rotated if they are not, and its head weights."""
+    if x.rotary_width > 0:
+        cosines = T.alloc_buffer((T.int64(x.rotary_width // 2),), "float32")
+        sines = T.alloc_buffer((T.int64(x.rotary_width // 2),), "float32")
+        fill_angles(inv_freq, position, cosines, sines, x.rotary_width // 2)
+    for g, h in T.grid(T.int64(x.groups), T.int64(x.lanes)):
+        head: T.let = g * T.int64(x.lanes) + h
+        if head < T.int64(x.heads):
+            head_weights[g, h] = weights[i, j, head]
+            for d in range(T.int64(x.width - x.rotary_width)):
+                packed[g, d, h] = q[i, j, head, d]
+            if x.rotary_width > 0:
+                for d in range(T.int64(x.rotary_width // 2)):
+                    at: T.let = T.int64(x.width - x.rotary_width) + T.int64(2) * d
+                    even: T.let = q[i, j, head, at]
+                    odd: T.let = q[i, j, head, at + T.int64(1)]
+                    packed[g, at, h] = even * cosines[d] - odd * sines[d]
+                    packed[g, at + T.int64(1), h] = odd * cosines[d] + even * sines[d]
+        else:  # fills the last vector and weighs nothing
+            head_weights[g, h] = T.float32(0)
+            for d in range(T.int64(x.width)):
+                packed[g, d, h] = T.float32(0)
+
+
+@T.inline
+def choose_rows(
+    x: Indexer,
+    q: Any,
+    weights: Any,
+    index_rows: Any,
+    positions: Any,
+    lengths: Any,
+    inv_freq: Any,
+    out: Any,
+    b: Any,
+    s: Any,
+) -> None:
+    """``out[i, j]`` for every token: the best rows of each range of rows, then the best of those."""
+    ranges: T.let = T.max(T.truncdiv(T.int64(_ITEMS), b * s), T.int64(1))
+    range_keys = T.alloc_buffer((b * s * ranges, T.int64(x.top_k)), "int64")
+    range_counts = T.alloc_buffer((b * s * ranges,), "int64")
+    with T.attr(0, "pragma_parallel_launch_point", 1):
+        # Every n-th item to a thread: later tokens see more rows, and so cost more.
+        with T.attr(0, "pragma_parallel_stride_pattern", 1):
+            for item in T.parallel(b * s * ranges):
+                token: T.let = T.truncdiv(item, ranges)
+                part: T.let = T.truncmod(item, ranges)
+                i: T.let = T.truncdiv(token, s)
+                j: T.let = T.truncmod(token, s)
+                # Variables, not lets: as lets they reach every index expression, and TVM's passes take seconds.
+                ready: T.int64 = T.if_then_else(
+                    j < lengths[i], (positions[i] + j + T.int64(1)) // T.int64(x.ratio), T.int64(0)
+                )
+                range_rows: T.int64 = T.max(T.truncdiv(ready + ranges - T.int64(1), ranges), T.int64(_RANGE_ROWS))
+                begin: T.int64 = T.min(part * range_rows, ready)
+                end: T.int64 = T.min(begin + range_rows, ready)
+                keys = T.alloc_buffer((T.int64(buffer_size(x.top_k)),), "int64")
+                count: T.int64 = T.int64(0)
+                threshold: T.int64 = T.int64(LOWEST_KEY)
+                if begin < end:
+                    packed = T.alloc_buffer((x.groups, x.width, x.lanes), "float32")
+                    head_weights = T.alloc_buffer((x.groups, x.lanes), "float32")
+                    fresh = T.alloc_buffer((x.tile,), "int64")
+                    pack_queries(x, q, weights, inv_freq, packed, head_weights, i, j, positions[i] + j)
+                    full: T.let = (end - begin) // T.int64(x.tile)
+                    for step in range(full):
+                        first: T.let = begin + step * T.int64(x.tile)
+                        score_rows(
+                            x.tile, x.vectors, x.groups, x.width, packed, head_weights, index_rows, i, first, fresh
+                        )
+                        for r in range(T.int64(x.tile)):
+                            push(x.top_k, keys, count, threshold, fresh[r])
+                    for rest in range((end - begin) % T.int64(x.tile)):
+                        last: T.let = begin + full * T.int64(x.tile) + rest
+                        score_rows(1, x.vectors, x.groups, x.width, packed, head_weights, index_rows, i, last, fresh)
+                        push(x.top_k, keys, count, threshold, fresh[0])
+                prune(x.top_k, keys, count, threshold)
+                range_counts[item] = count
+                for a in range(count):
+                    range_keys[item, a] = keys[a]
+    for token in T.parallel(b * s):
+        merged = T.alloc_buffer((T.int64(buffer_size(x.top_k)),), "int64")
+        total: T.int64 = T.int64(0)
+        limit: T.int64 = T.int64(LOWEST_KEY)
+        for part in range(ranges):
+            for a in range(range_counts[token * ranges + part]):
+                push(x.top_k, merged, total, limit, range_keys[token * ranges + part, a])
+        prune(x.top_k, merged, total, limit)
+        write_ranked(x.top_k, merged, total, out, T.truncdiv(token, s), T.truncmod(token, s))
+
+
+def lightning_index(heads: int, width: int, ratio: int, top_k: int, rotary_width: int = 0) -> PrimFunc:
     """The `top_k` best finished rows per token by ``sum_h w_h * relu(q_h . k)`` (V4 paper, section 2.3).
 
     The paper's positive factor ``width**-0.5 * heads**-0.5`` is left out: it changes no order.
 
     Arguments of the PrimFunc: q ``[B, S, heads, width]``, weights ``[B, S, heads]``, index_rows ``[B, N, width]``
-    float32, positions, lengths ``[B]`` int64, out ``[B, S, top_k]`` int64. The token at position t sees rows
-    ``w < (t + 1) // ratio``, of which there must be fewer than 2^32; only those are read. Rows are in descending order
-    of score, ties to the smaller row, then -1; a padding token gets -1 throughout.
+    float32, positions, lengths ``[B]`` int64, with a `rotary_width` inv_freq ``[rotary_width / 2]`` float32, out
+    ``[B, S, top_k]`` int64. With a `rotary_width`, that many trailing dims of q are rotated by the token's position
+    first. The token at position t sees rows ``w < (t + 1) // ratio``, of which there must be fewer than 2^32; only
+    those are read. Rows are in descending order of score, ties to the smaller row, then -1; a padding token gets -1
+    throughout.
     """
-    head_vectors = -(-heads // VECTOR)
-    vectors = max(u for u in (1, 2, 3, 4) if head_vectors % u == 0)
-    groups = head_vectors // vectors
-    tile = _ACCUMULATORS // vectors
+    x = Indexer(heads, width, ratio, top_k, rotary_width)
+
+    if rotary_width == 0:
+
+        @T.prim_func(private=True, s_tir=True)
+        def lightning_index(
+            q_: T.handle,
+            weights_: T.handle,
+            index_rows_: T.handle,
+            positions_: T.handle,
+            lengths_: T.handle,
+            out_: T.handle,
+        ):
+            T.func_attr({"tirx.noalias": True})
+            b = T.int64()
+            s = T.int64()
+            n = T.int64()
+            q = T.match_buffer(q_, (b, s, T.int64(heads), T.int64(width)), "float32")
+            weights = T.match_buffer(weights_, (b, s, T.int64(heads)), "float32")
+            index_rows = T.match_buffer(index_rows_, (b, n, T.int64(width)), "float32")
+            positions = T.match_buffer(positions_, (b,), "int64")
+            lengths = T.match_buffer(lengths_, (b,), "int64")
+            out = T.match_buffer(out_, (b, s, T.int64(top_k)), "int64")
+            choose_rows(x, q, weights, index_rows, positions, lengths, None, out, b, s)
+
+        return lightning_index
 
     @T.prim_func(private=True, s_tir=True)
-    def lightning_index(
+    def rotary_lightning_index(
         q_: T.handle,
         weights_: T.handle,
         index_rows_: T.handle,
         positions_: T.handle,
         lengths_: T.handle,
+        inv_freq_: T.handle,
         out_: T.handle,
     ):
         T.func_attr({"tirx.noalias": True})
@@ -98,65 +260,8 @@ def lightning_index(heads: int, width: int, ratio: int, top_k: int) -> PrimFunc:
         index_rows = T.match_buffer(index_rows_, (b, n, T.int64(width)), "float32")
         positions = T.match_buffer(positions_, (b,), "int64")
         lengths = T.match_buffer(lengths_, (b,), "int64")
+        inv_freq = T.match_buffer(inv_freq_, (T.int64(rotary_width // 2),), "float32")
         out = T.match_buffer(out_, (b, s, T.int64(top_k)), "int64")
+        choose_rows(x, q, weights, index_rows, positions, lengths, inv_freq, out, b, s)
 
-        ranges: T.let = T.max(T.truncdiv(T.int64(_ITEMS), b * s), T.int64(1))
-        range_keys = T.alloc_buffer((b * s * ranges, T.int64(top_k)), "int64")
-        range_counts = T.alloc_buffer((b * s * ranges,), "int64")
-        with T.attr(0, "pragma_parallel_launch_point", 1):
-            # Every n-th item to a thread: later tokens see more rows, and so cost more.
-            with T.attr(0, "pragma_parallel_stride_pattern", 1):
-                for item in T.parallel(b * s * ranges):
-                    token: T.let = T.truncdiv(item, ranges)
-                    part: T.let = T.truncmod(item, ranges)
-                    i: T.let = T.truncdiv(token, s)
-                    j: T.let = T.truncmod(token, s)
-                    # Variables, not lets: as lets they reach every index expression, and TVM's passes take seconds.
-                    ready: T.int64 = T.if_then_else(
-                        j < lengths[i], (positions[i] + j + T.int64(1)) // T.int64(ratio), T.int64(0)
-                    )
-                    range_rows: T.int64 = T.max(T.truncdiv(ready + ranges - T.int64(1), ranges), T.int64(_RANGE_ROWS))
-                    begin: T.int64 = T.min(part * range_rows, ready)
-                    end: T.int64 = T.min(begin + range_rows, ready)
-                    keys = T.alloc_buffer((T.int64(buffer_size(top_k)),), "int64")
-                    count: T.int64 = T.int64(0)
-                    threshold: T.int64 = T.int64(LOWEST_KEY)
-                    if begin < end:
-                        packed = T.alloc_buffer((groups, width, vectors * VECTOR), "float32")
-                        head_weights = T.alloc_buffer((groups, vectors * VECTOR), "float32")
-                        fresh = T.alloc_buffer((tile,), "int64")
-                        for g, h in T.grid(T.int64(groups), T.int64(vectors * VECTOR)):
-                            head: T.let = g * T.int64(vectors * VECTOR) + h
-                            if head < T.int64(heads):
-                                head_weights[g, h] = weights[i, j, head]
-                                for d in range(T.int64(width)):
-                                    packed[g, d, h] = q[i, j, head, d]
-                            else:  # fills the last vector and weighs nothing
-                                head_weights[g, h] = T.float32(0)
-                                for d in range(T.int64(width)):
-                                    packed[g, d, h] = T.float32(0)
-                        full: T.let = (end - begin) // T.int64(tile)
-                        for step in range(full):
-                            first: T.let = begin + step * T.int64(tile)
-                            score_rows(tile, vectors, groups, width, packed, head_weights, index_rows, i, first, fresh)
-                            for r in range(T.int64(tile)):
-                                push(top_k, keys, count, threshold, fresh[r])
-                        for rest in range((end - begin) % T.int64(tile)):
-                            last: T.let = begin + full * T.int64(tile) + rest
-                            score_rows(1, vectors, groups, width, packed, head_weights, index_rows, i, last, fresh)
-                            push(top_k, keys, count, threshold, fresh[0])
-                    prune(top_k, keys, count, threshold)
-                    range_counts[item] = count
-                    for a in range(count):
-                        range_keys[item, a] = keys[a]
-        for token in T.parallel(b * s):
-            merged = T.alloc_buffer((T.int64(buffer_size(top_k)),), "int64")
-            total: T.int64 = T.int64(0)
-            limit: T.int64 = T.int64(LOWEST_KEY)
-            for part in range(ranges):
-                for a in range(range_counts[token * ranges + part]):
-                    push(top_k, merged, total, limit, range_keys[token * ranges + part, a])
-            prune(top_k, merged, total, limit)
-            write_ranked(top_k, merged, total, out, T.truncdiv(token, s), T.truncmod(token, s))
-
-    return lightning_index
+    return rotary_lightning_index

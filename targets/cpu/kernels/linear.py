@@ -1,7 +1,9 @@
-"""Dense projection with packed weights: one code path for a single token and for a prompt chunk.
+"""Dense projections with packed weights: one code path for a single token and for a prompt chunk.
 
-Work is cut into tasks of one panel and up to `ROWS_PER_TASK` rows, so that a panel is read from memory once for all
-those rows, and the reduction is cut into blocks that keep the panel in cache while blocks of rows pass over it.
+Projections of one input are merged into one kernel, which starts the threads once and shares out all panels; an RMS
+norm of the input can go first. Work is cut into tasks of one panel and up to `ROWS_PER_TASK` rows, so that a panel is
+read from memory once for all those rows, and the reduction is cut into blocks that keep the panel in cache while
+blocks of rows pass over it.
 """
 
 # mypy: ignore-errors
@@ -10,7 +12,8 @@ those rows, and the reduction is cut into blocks that keep the panel in cache wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import tvm
 from tvm.script import tirx as T
@@ -18,6 +21,7 @@ from tvm.script import tirx as T
 from .common import VECTOR
 from .packing import PANEL, panels
 from .panel_product import ROW_BLOCK, VECTORS, panel_product, row_blocks, sums_per_output
+from .rms_norm import row_norm
 
 K_BLOCK = 1024
 """Columns per reduction block: 128 KiB of a float32 panel, which stays in a core's L2 cache."""
@@ -29,6 +33,9 @@ INPUTS_PER_TASK = 1 << 20
 NARROW_PANELS = 16
 NARROW_ROWS_PER_TASK = 32
 """Outputs of fewer than `NARROW_PANELS` panels are shared out among the threads by rows as well."""
+
+SERIAL_NORM_INPUTS = 1 << 14
+"""Rows of together up to this many elements are normalised by one thread: starting the others would take longer."""
 
 
 def linear(n: int, k: int, weight_dtype: str = "float32") -> tvm.tirx.PrimFunc:
@@ -42,44 +49,97 @@ def linear(n: int, k: int, weight_dtype: str = "float32") -> tvm.tirx.PrimFunc:
     Returns:
         PrimFunc of x ``[rows, k]`` float32, weight ``[ceil(n / PANEL), k, PANEL]``, y ``[rows, n]`` float32.
     """
-    project = projection(1, n, k)
+    return merged_linear((n,), k, weight_dtype)
+
+
+def merged_linear(
+    sizes: Sequence[int], k: int, weight_dtype: str = "float32", norm_eps: float | None = None
+) -> tvm.tirx.PrimFunc:
+    """``y_i = x @ weight_i.T`` for several weights `[sizes[i], k]`, or the same of ``x``'s RMS norm.
+
+    Args:
+        sizes: outputs of each part; any positive numbers.
+        k: inputs.
+        weight_dtype: ``float32`` or ``bfloat16`` (widened in registers; sums are float32).
+        norm_eps: if given, ``x / sqrt(mean(x**2) + norm_eps) * norm`` takes the place of ``x``.
+
+    Returns:
+        PrimFunc of x ``[rows, k]`` float32, norm ``[k]`` float32 if `norm_eps` is given, weight
+        ``[sum of ceil(sizes[i] / PANEL), k, PANEL]`` (each part packed by `pack_rows`, one after the other), then
+        y_i ``[rows, sizes[i]]`` float32 for every part.
+    """
+    project = projection(sizes, k)
+    total = sum(panels(n) for n in sizes)
+
+    def match_outputs(rows):
+        """One more argument per part: TVMScript takes a function's arguments from its text, which is fixed."""
+        handles = [T.arg(f"y{part}_", T.handle()) for part in range(len(sizes))]
+        return [T.match_buffer(y, (rows, T.int64(n)), "float32") for y, n in zip(handles, sizes, strict=True)]
+
+    if norm_eps is None:
+
+        @T.prim_func(private=True, s_tir=True)
+        def merged_linear(x_: T.handle, weight_: T.handle):
+            T.func_attr({"tirx.noalias": True})
+            rows = T.int64()
+            x = T.match_buffer(x_, (rows, T.int64(k)), "float32")
+            weight = T.match_buffer(weight_, (T.int64(total), T.int64(k), T.int64(PANEL)), weight_dtype)
+            y = match_outputs(rows)
+            project(x, weight, y, rows)
+
+        return merged_linear
+
+    norm_row = row_norm(k, norm_eps)
 
     @T.prim_func(private=True, s_tir=True)
-    def linear(x_: T.handle, weight_: T.handle, y_: T.handle):
+    def norm_merged_linear(x_: T.handle, norm_: T.handle, weight_: T.handle):
         T.func_attr({"tirx.noalias": True})
         rows = T.int64()
         x = T.match_buffer(x_, (rows, T.int64(k)), "float32")
-        weight = T.match_buffer(weight_, (T.int64(panels(n)), T.int64(k), T.int64(PANEL)), weight_dtype)
-        y = T.match_buffer(y_, (rows, T.int64(n)), "float32")
-        project(x, weight, y, rows)
+        norm = T.match_buffer(norm_, (T.int64(k),), "float32")
+        weight = T.match_buffer(weight_, (T.int64(total), T.int64(k), T.int64(PANEL)), weight_dtype)
+        y = match_outputs(rows)
+        scaled = T.alloc_buffer((rows, T.int64(k)), "float32")
+        if rows <= SERIAL_NORM_INPUTS // k:
+            for row in range(rows):
+                norm_row(x, norm, scaled, row)
+        else:
+            for row in T.parallel(rows):
+                norm_row(x, norm, scaled, row)
+        project(scaled, weight, y, rows)
 
-    return linear
+    return norm_merged_linear
 
 
-def projection(groups: int, n: int, k: int) -> Callable:
-    """A macro ``project(x, weight, y, rows)``: the loops of a projection of `groups` independent blocks.
+def projection(sizes: Sequence[int], k: int, groups: int = 1) -> Callable:
+    """A macro ``project(x, weight, y, rows)``: the loops of a projection into parts, in `groups` independent blocks.
 
-    The macro takes x ``[rows * groups, k]``, weight ``[groups * ceil(n / PANEL), k, PANEL]`` and y
-    ``[rows * groups, n]``; the groups of one token are neighbours.
+    The macro takes x ``[rows * groups, k]``, weight ``[groups * sum of ceil(sizes[i] / PANEL), k, PANEL]`` and a list
+    y of ``[rows * groups, sizes[i]]``; the groups of one token are neighbours.
     """
-    count = panels(n)
+    ends = list(accumulate(panels(n) for n in sizes))
+    count = ends[-1]
     total = groups * count
     rows_per_task = NARROW_ROWS_PER_TASK
     if total >= NARROW_PANELS:
         rows_per_task = max(NARROW_ROWS_PER_TASK, min(ROWS_PER_TASK, INPUTS_PER_TASK // k // ROW_BLOCK * ROW_BLOCK))
 
+    def part_of(panel, body):
+        """``body(part, column, n)`` for the part that `panel` lies in, `column` its first output, `n` the part's width.
+
+        TVMScript's loops run at run time, and a list of buffers has no index then: hence branches, made by Python.
+        """
+        if len(sizes) == 1:
+            return body(0, panel * PANEL, sizes[0])
+        for part, (n, end) in enumerate(zip(sizes, ends, strict=True)):
+            start = end - panels(n)
+            with T.If(T.And(panel >= start, panel < end)), T.Then():
+                body(part, (panel - start) * PANEL, n)
+
     @T.macro
-    def block(x, weight, y, panel, start, row, height):
-        sums = T.alloc_buffer((height * sums_per_output(height, k) * VECTORS, VECTOR), "float32", scope="local")
-        line = T.alloc_buffer((PANEL,), "float32", scope="local")
-        row_at = T.alloc_buffer((height,), "int64", scope="local")
+    def store(sums, y, row_at, column, n, start, height):
         for r in T.unroll(height):
-            row_at[r] = (row + r) * groups + panel // count
-        stop: T.int64 = T.min(start + K_BLOCK, T.int64(k))
-        column: T.int64 = panel % count * PANEL
-        panel_product(sums, x, row_at, weight, panel, start, stop, height, sums_per_output(height, k))
-        for r in T.unroll(height):
-            if panel % count < n // PANEL:
+            if column + PANEL <= n:
                 for c in T.unroll(VECTORS):
                     if start == 0:
                         for v in T.vectorized(VECTOR):
@@ -91,6 +151,7 @@ def projection(groups: int, n: int, k: int) -> Callable:
                             )
             else:
                 # A loop of scalars over `sums` itself would push the accumulators out of registers for every panel.
+                line = T.alloc_buffer((PANEL,), "float32", scope="local")
                 for c in T.unroll(VECTORS):
                     for v in T.vectorized(VECTOR):
                         line[c * VECTOR + v] = sums[r * VECTORS + c, v]
@@ -99,6 +160,21 @@ def projection(groups: int, n: int, k: int) -> Callable:
                         y[row_at[r], column + c] = line[c]
                     else:
                         y[row_at[r], column + c] = y[row_at[r], column + c] + line[c]
+
+    @T.macro
+    def block(x, weight, y, panel, start, row, height):
+        sums = T.alloc_buffer((height * sums_per_output(height, k) * VECTORS, VECTOR), "float32", scope="local")
+        row_at = T.alloc_buffer((height,), "int64", scope="local")
+        for r in T.unroll(height):
+            row_at[r] = (row + r) * groups + panel // count
+        stop: T.int64 = T.min(start + K_BLOCK, T.int64(k))
+        panel_product(sums, x, row_at, weight, panel, start, stop, height, sums_per_output(height, k))
+
+        @T.inline
+        def store_part(part, column, n):
+            store(sums, y[part], row_at, column, n, start, height)
+
+        part_of(panel % count, store_part)
 
     @T.macro
     def project(x, weight, y, rows):

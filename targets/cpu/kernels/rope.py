@@ -25,6 +25,23 @@ def fill_angles(inv_freq: Any, position: Any, cosines: Any, sines: Any, half: in
         sines[d] = T.sin(T.cast(position, "float32") * inv_freq[d])
 
 
+@T.inline
+def rotate_row(
+    source: Any, target: Any, row: Any, cosines: Any, sines: Any, width: int, half: int, sign: float
+) -> None:
+    """Turn the last ``2 * half`` of `width` dims of ``source[row]`` into ``target[row]``, which may be the same.
+
+    `row` is a tuple, the indices before the last; cosines, sines ``[half]`` are what `fill_angles` made.
+    """
+    first = T.meta_var(T.int64(width - 2 * half))
+    for d in range(T.int64(half)):
+        even: T.let = source[(*row, first + T.int64(2) * d)]
+        odd: T.let = source[(*row, first + T.int64(2) * d + T.int64(1))]
+        sine: T.let = sines[d] * T.float32(sign)
+        target[(*row, first + T.int64(2) * d)] = even * cosines[d] - odd * sine
+        target[(*row, first + T.int64(2) * d + T.int64(1))] = odd * cosines[d] + even * sine
+
+
 def trailing_rope(heads: int, width: int, rotary_width: int, sign: float) -> PrimFunc:
     """Rotate the trailing `rotary_width` of `width` dims by ``sign * position * inv_freq`` (V4 paper, section 2.3).
 
@@ -55,11 +72,6 @@ def trailing_rope(heads: int, width: int, rotary_width: int, sign: float) -> Pri
                 h: T.let = item % T.int64(blocks) * T.int64(block_heads) + hh
                 for d in range(T.int64(kept)):
                     out[i, j, h, d] = x[i, j, h, d]
-                for d in range(T.int64(half)):
-                    even: T.let = x[i, j, h, T.int64(kept) + T.int64(2) * d]
-                    odd: T.let = x[i, j, h, T.int64(kept) + T.int64(2) * d + T.int64(1)]
-                    sine: T.let = sines[d] * T.float32(sign)
-                    out[i, j, h, T.int64(kept) + T.int64(2) * d] = even * cosines[d] - odd * sine
-                    out[i, j, h, T.int64(kept) + T.int64(2) * d + T.int64(1)] = odd * cosines[d] + even * sine
+                rotate_row(x, out, (i, j, h), cosines, sines, width, half, sign)
 
     return trailing_rope

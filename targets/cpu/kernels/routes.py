@@ -10,24 +10,96 @@ from typing import Any
 import tvm
 from tvm.script import tirx as T
 
+from .common import exp, vector_width
+
 LOWEST = -3.4028234663852886e38
 """The lowest float32: below every score."""
 
 
-def score(logit: Any) -> Any:
-    """sqrt(softplus(logit)) of a float32 expression, without overflow and accurate for very negative logits."""
-    return T.sqrt(T.max(logit, T.float32(0)) + T.log1p(T.exp(T.float32(0) - T.abs(logit))))
+def atanh_ratio(square: Any) -> Any:
+    """``atanh(s) / s`` of a float32 expression of ``s**2`` in [0, 1/9]: seven terms of the series reach float32."""
+    ratio = T.float32(1 / 13)
+    for odd in (11, 9, 7, 5, 3, 1):
+        ratio = ratio * square + T.float32(1 / odd)
+    return ratio
 
 
 @T.macro
-def normalise(weights, row, top_k, scaling):
-    """Scale ``weights[row]`` to sum to `scaling`."""
-    total = T.alloc_buffer((1,), "float32", scope="local")
-    total[0] = T.float32(0)
-    for choice in range(T.int64(top_k)):
-        total[0] = total[0] + weights[row, choice]
-    for choice in range(T.int64(top_k)):
-        weights[row, choice] = weights[row, choice] / (total[0] + T.float32(1e-20)) * T.float32(scaling)
+def to_scores(values, count, width):
+    """``values[i] = sqrt(softplus(values[i]))`` for i < `count`, without overflow, in vectors of `width` (both static).
+
+    With ``half = e**(-|x| / 2)`` and ``u = half**2``, softplus is ``max(x, 0) + log1p(u)``, and ``log1p(u) / u`` is
+    ``2 / (2 + u) * atanh(s) / s`` for ``s = u / (2 + u)``. Below 0 the factor `half` stays outside of the root, so that
+    scores keep their precision down to x = -174, where ``e**x`` itself is long zero.
+    """
+    half = T.alloc_buffer((width,), "float32")
+    inverse = T.alloc_buffer((width,), "float32")
+    square = T.alloc_buffer((width,), "float32")
+    ratio = T.alloc_buffer((width,), "float32")
+    for step in range(T.int64(count // width)):
+        # Steps of their own: an expression is a tree, and a factor that is used twice would be computed twice.
+        for v in T.vectorized(width):
+            half[v] = exp(T.float32(-0.5) * T.abs(values[step * width + v]))
+        for v in T.vectorized(width):
+            inverse[v] = T.float32(1) / (half[v] * half[v] + T.float32(2))
+        for v in T.vectorized(width):
+            square[v] = half[v] * half[v] * inverse[v]
+        for v in T.vectorized(width):
+            square[v] = square[v] * square[v]
+        for v in T.vectorized(width):
+            ratio[v] = T.float32(2) * inverse[v] * atanh_ratio(square[v])
+        for v in T.vectorized(width):
+            values[step * width + v] = T.Select(
+                values[step * width + v] > T.float32(0),
+                T.sqrt(values[step * width + v] + half[v] * half[v] * ratio[v]),
+                T.sqrt(ratio[v]) * half[v],
+            )
+
+
+@T.macro
+def weigh(chosen, weights, row, top_k, scaling):
+    """``weights[row]`` = the `top_k` scores in `chosen`, scaled to sum to `scaling`."""
+    total: T.float32 = T.float32(0)
+    for choice in T.unroll(top_k):
+        total = total + chosen[choice]
+    for choice in T.unroll(top_k):
+        weights[row, choice] = chosen[choice] / (total + T.float32(1e-20)) * T.float32(scaling)
+
+
+@T.macro
+def choose(logits, bias, weights, indices, row, experts, top_k, scaling):
+    """The route of one row: the `top_k` highest ``score + bias`` in order, weighted by their scores.
+
+    Args:
+        logits: ``[rows, experts]`` float32.
+        bias: ``[experts]`` float32.
+        weights: ``[rows, top_k]`` float32, written.
+        indices: ``[rows, top_k]`` int64, written; of equal ones the smaller index comes first.
+        row: which row.
+        experts, top_k, scaling: static.
+    """
+    scores = T.alloc_buffer((experts,), "float32")
+    best = T.alloc_buffer((top_k,), "float32")
+    for e in range(T.int64(experts)):
+        scores[e] = logits[row, e]
+    to_scores(scores, experts, vector_width(experts))
+    for choice in T.unroll(top_k):
+        best[choice] = T.float32(LOWEST)
+        indices[row, choice] = T.int64(0)
+    # One pass: few experts come after the first `top_k` and are still better than the last of those kept.
+    for e in range(T.int64(experts)):
+        biased: T.float32 = scores[e] + bias[e]
+        if biased > best[top_k - 1]:
+            place: T.int64 = T.int64(top_k - 1)
+            while place > T.int64(0) and best[T.max(place - 1, T.int64(0))] < biased:
+                best[place] = best[place - 1]
+                indices[row, place] = indices[row, place - 1]
+                place = place - T.int64(1)
+            best[place] = biased
+            indices[row, place] = e
+    for choice in T.unroll(top_k):
+        best[choice] = scores[indices[row, choice]]
+    weigh(best, weights, row, top_k, scaling)
 
 
 def topk_route(experts: int, top_k: int, scaling: float) -> tvm.tirx.PrimFunc:
@@ -56,22 +128,7 @@ def topk_route(experts: int, top_k: int, scaling: float) -> tvm.tirx.PrimFunc:
         weights = weights_bsk.view(b * s, T.int64(top_k))
         indices = indices_bsk.view(b * s, T.int64(top_k))
         for row in T.parallel(b * s):
-            biased = T.alloc_buffer((experts,), "float32", scope="local")
-            best = T.alloc_buffer((1,), "float32", scope="local")
-            at = T.alloc_buffer((1,), "int64", scope="local")
-            for e in range(T.int64(experts)):
-                biased[e] = score(logits[row, e]) + bias[e]
-            for choice in range(T.int64(top_k)):
-                best[0] = T.float32(LOWEST)
-                at[0] = T.int64(0)
-                for e in range(T.int64(experts)):
-                    if biased[e] > best[0]:
-                        best[0] = biased[e]
-                        at[0] = e
-                biased[at[0]] = T.float32(LOWEST)
-                indices[row, choice] = at[0]
-                weights[row, choice] = score(logits[row, at[0]])
-            normalise(weights, row, top_k, scaling)
+            choose(logits, bias, weights, indices, row, experts, top_k, scaling)
 
     return topk_route
 
@@ -105,9 +162,11 @@ def hash_route(experts: int, top_k: int, scaling: float) -> tvm.tirx.PrimFunc:
         weights = weights_bsk.view(b * s, T.int64(top_k))
         indices = indices_bsk.view(b * s, T.int64(top_k))
         for row in range(b * s):
+            chosen = T.alloc_buffer((top_k,), "float32")
             for choice in range(T.int64(top_k)):
                 indices[row, choice] = table[ids[row], choice]
-                weights[row, choice] = score(logits[row, indices[row, choice]])
-            normalise(weights, row, top_k, scaling)
+                chosen[choice] = logits[row, indices[row, choice]]
+            to_scores(chosen, top_k, vector_width(top_k))
+            weigh(chosen, weights, row, top_k, scaling)
 
     return hash_route

@@ -1,0 +1,220 @@
+"""What a kernel call costs: bytes it must move and floating-point operations, from the shapes of its arguments.
+
+The figures are lower bounds: every operand once, and of tables, expert stacks and caches only what the tokens of the
+call touch. They are counted on shapes as the graph or as the packed weights have them, so ONNX nodes and calls of
+compiled kernels are measured alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import ml_dtypes
+import numpy as np
+
+from v4c.custom_ops import TensorSpec
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes to and from memory, and floating-point operations (a multiply-add is two)."""
+
+    bytes: float = 0.0
+    flops: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.bytes + other.bytes, self.flops + other.flops)
+
+
+Specs = Sequence[TensorSpec]
+
+OP_ATTRIBUTE = "v4c.op"
+"""Attribute of a kernel's PrimFunc: the operator it computes, as `cost_of` takes it."""
+INPUTS_ATTRIBUTE = "v4c.inputs"
+"""Attribute of a kernel's PrimFunc: how many of its arguments are inputs."""
+
+GROUPED_PRODUCT = "GroupedMatMul"
+"""What a MatMul with a block-diagonal weight is called here."""
+
+
+def size(spec: TensorSpec) -> int:
+    """Number of elements."""
+    return prod(int(d) for d in spec.shape)
+
+
+def nbytes(spec: TensorSpec) -> float:
+    """Bytes in memory."""
+    if spec.dtype == "bool":
+        return size(spec)
+    dtype = ml_dtypes.bfloat16 if spec.dtype == "bfloat16" else spec.dtype
+    return size(spec) * np.dtype(dtype).itemsize
+
+
+def cost_of(op: str, inputs: Specs, outputs: Specs) -> Cost:
+    """Cost of one call.
+
+    Args:
+        op: ONNX operator; unique over the domains.
+        inputs, outputs: all dimensions known. State that is written in place stands among the inputs only, or in both.
+    """
+    return _RULES.get(op, _elementwise)(inputs, outputs)
+
+
+def _all(specs: Specs) -> float:
+    return sum(nbytes(s) for s in specs)
+
+
+def _tokens(spec: TensorSpec) -> int:
+    """Tokens of an activation ``[B, S, ...]``."""
+    return prod(int(d) for d in spec.shape[:2])
+
+
+def _elementwise(inputs: Specs, outputs: Specs) -> Cost:
+    return Cost(_all(inputs) + _all(outputs), sum(size(s) for s in outputs))
+
+
+def _product(inputs: Specs, outputs: Specs) -> Cost:
+    """The last input is the weight; every element of it meets every row."""
+    x, weight = inputs[0], inputs[-1]
+    return Cost(_all(inputs) + _all(outputs), 2.0 * (size(x) // int(x.shape[-1])) * size(weight))
+
+
+def _grouped_product(inputs: Specs, outputs: Specs) -> Cost:
+    """Block-diagonal: a row of the input is cut into as many groups as the weight ``[G, ...]`` has blocks."""
+    x, weight = inputs
+    rows = size(x) // int(x.shape[-1]) // int(weight.shape[0])
+    return Cost(_all(inputs) + _all(outputs), 2.0 * rows * size(weight))
+
+
+def _rows_of(table: TensorSpec, count: int) -> float:
+    """Bytes of `count` rows of a table."""
+    return nbytes(table) / int(table.shape[0]) * count
+
+
+def _lookup(inputs: Specs, outputs: Specs) -> Cost:
+    table, indices = (inputs[0], inputs[1])
+    return Cost(_rows_of(table, size(indices)) + nbytes(indices) + _all(outputs))
+
+
+def _experts(inputs: Specs, outputs: Specs) -> Cost:
+    """x, weights, indices, gate_up, down, then the shared expert's matrices; each chosen expert is read once."""
+    x, _, indices, gate_up, down, *shared = inputs
+    tokens, choices = _tokens(indices), size(indices)
+    stack = [_rows_of(m, min(choices, int(m.shape[0]))) for m in (gate_up, down)]
+    routed = 2.0 * choices * sum(size(m) / int(m.shape[0]) for m in (gate_up, down))
+    return Cost(
+        _all([x, x, *shared]) + nbytes(indices) * 1.5 + sum(stack),
+        routed + 2.0 * tokens * sum(size(m) for m in shared),
+    )
+
+
+def _hash_router(inputs: Specs, outputs: Specs) -> Cost:
+    x, weight, indices = inputs
+    return Cost(
+        _all([x, indices]) + _rows_of(weight, size(indices)) + _all(outputs),
+        2.0 * size(indices) * int(x.shape[-1]),
+    )
+
+
+def _router(inputs: Specs, outputs: Specs) -> Cost:
+    x, weight, _ = inputs
+    return Cost(_all(inputs) + _all(outputs), 2.0 * _tokens(x) * size(weight))
+
+
+def _hash_route(inputs: Specs, outputs: Specs) -> Cost:
+    logits, ids, table = inputs
+    return Cost(_all([logits, ids]) + _rows_of(table, size(ids)) + _all(outputs))
+
+
+def _attend(q: TensorSpec, keys: int, others: Specs) -> Cost:
+    """Every head of every token against `keys` rows that all heads share: scores and sum."""
+    heads, width = int(q.shape[2]), int(q.shape[3])
+    return Cost(_all([q, q, *others]) + 4.0 * keys * width * _tokens(q), 4.0 * _tokens(q) * heads * keys * width)
+
+
+def _csa(inputs: Specs, outputs: Specs) -> Cost:
+    q, kv, window, _, indices, *rest = inputs
+    return _attend(q, int(window.shape[1]) + int(indices.shape[2]), [kv, indices, *rest])
+
+
+def _hca(inputs: Specs, outputs: Specs) -> Cost:
+    q, kv, window, rows, *rest = inputs
+    return _attend(q, int(window.shape[1]) + int(rows.shape[1]), [kv, *rest])
+
+
+def _sliding(inputs: Specs, outputs: Specs) -> Cost:
+    q, kv, window, *rest = inputs
+    return _attend(q, int(window.shape[1]), [kv, *rest])
+
+
+def _index(inputs: Specs, outputs: Specs) -> Cost:
+    """Every index head against every ready row."""
+    q, weights, rows, *rest = inputs
+    return Cost(_all([q, weights, rows, *rest]) + _all(outputs), 2.0 * size(q) * int(rows.shape[1]))
+
+
+def _compress(inputs: Specs, outputs: Specs) -> Cost:
+    """Tokens go into the rings; per window of `ratio` tokens the ring is read and one row written."""
+    kv, gate, bias, norm, inv_freq, state_kv, state_gate, rows, *_ = inputs
+    tokens = _tokens(kv)
+    windows = tokens / int(bias.shape[0])
+    row = nbytes(rows) / max(1, int(rows.shape[1]))
+    pooled = windows * (_all([state_kv, state_gate, bias, norm, inv_freq]) + row)
+    return Cost(2 * _all([kv, gate]) + pooled, windows * 6.0 * size(state_kv))
+
+
+def _compress_pair(inputs: Specs, outputs: Specs) -> Cost:
+    shared = inputs[14:]
+    first, second = inputs[:7], inputs[7:14]
+    return sum((_compress([*s[:4], shared[0], *s[4:]], ()) for s in (first, second)), Cost())
+
+
+def _mhc(inputs: Specs, outputs: Specs) -> Cost:
+    """Streams once in and out, the mixing matrix once."""
+    matrices = sum(size(s) for s in inputs if len(s.shape) == 2)
+    tokens = _tokens(inputs[0])
+    return Cost(_all(inputs) + _all(outputs), 2.0 * tokens * matrices + 8.0 * sum(size(s) for s in inputs[:1]))
+
+
+def _engram_hash(inputs: Specs, outputs: Specs) -> Cost:
+    ids, _, *rest = inputs
+    return Cost(2 * nbytes(ids) + _all(rest) + _all(outputs))
+
+
+def _engram_gate_conv(inputs: Specs, outputs: Specs) -> Cost:
+    """The ring is read for the taps of each token, and each token written."""
+    streams = inputs[2]
+    return Cost(_all(inputs) + _all(outputs), 40.0 * size(streams))
+
+
+_RULES: dict[str, Callable[[Specs, Specs], Cost]] = {
+    "MatMul": _product,
+    "RMSNormLinear": _product,
+    GROUPED_PRODUCT: _grouped_product,
+    "Gather": _lookup,
+    "EngramLookup": _lookup,
+    "GroupedExperts": _experts,
+    "MixtureOfExperts": _experts,
+    "HashRouter": _hash_router,
+    "TopKRouter": _router,
+    "HashRoute": _hash_route,
+    "CompressedSparseAttention": _csa,
+    "DerotatedCSA": _csa,
+    "HeavilyCompressedAttention": _hca,
+    "DerotatedHCA": _hca,
+    "SlidingWindowAttention": _sliding,
+    "DerotatedSlidingAttention": _sliding,
+    "LightningIndex": _index,
+    "RotaryLightningIndex": _index,
+    "KVCompress": _compress,
+    "KVCompressPair": _compress_pair,
+    "MHCPre": _mhc,
+    "MHCPost": _mhc,
+    "MHCHead": _mhc,
+    "MHCPreNorm": _mhc,
+    "MHCPostPreNorm": _mhc,
+    "EngramHash": _engram_hash,
+    "EngramGateConv": _engram_gate_conv,
+}

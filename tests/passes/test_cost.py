@@ -1,0 +1,74 @@
+"""The cost of kernel calls: by hand on single ones, and whole models against the estimate made from the config."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from v4c.custom_ops import OPS, TensorSpec
+from v4c.frontend import estimate
+from v4c.frontend.config import ModelConfig
+from v4c.frontend.onnx_export import build
+from v4c.frontend.presets import preset
+from v4c.passes.cost import GROUPED_PRODUCT, cost_of
+from v4c.passes.measure import CONTEXT, measure_onnx
+
+
+def spec(*shape: int, dtype: str = "float32") -> TensorSpec:
+    return TensorSpec(shape, dtype)
+
+
+def test_a_product_reads_its_weight_once() -> None:
+    cost = cost_of("MatMul", [spec(3, 1, 10), spec(20, 10, dtype="bfloat16")], [spec(3, 1, 20)])
+    assert cost.flops == 2 * 3 * 10 * 20
+    assert cost.bytes == 4 * 30 + 2 * 200 + 4 * 60
+
+
+def test_a_packed_weight_counts_as_it_lies() -> None:
+    """20 rows in panels of 32: the padding is read, and multiplied, too."""
+    cost = cost_of("MatMul", [spec(3, 10), spec(1, 10, 32)], [spec(3, 20)])
+    assert cost.flops == 2 * 3 * 10 * 32
+
+
+def test_blocks_on_the_diagonal_meet_their_own_part_of_the_input() -> None:
+    cost = cost_of(GROUPED_PRODUCT, [spec(3, 2, 10), spec(2, 5, 10)], [spec(3, 2, 5)])
+    assert cost.flops == 2 * 3 * 2 * 5 * 10
+
+
+@pytest.mark.parametrize("op", ["GroupedExperts", "MixtureOfExperts"])
+def test_only_chosen_experts_count(op: str) -> None:
+    routed = [spec(1, 1, 8), spec(1, 1, 2), spec(1, 1, 2, dtype="int64")]
+    shared = [spec(2 * 6, 8), spec(8, 6)] if op == "MixtureOfExperts" else []
+
+    def of(experts: int) -> float:
+        return cost_of(op, [*routed, spec(experts, 2 * 4, 8), spec(experts, 8, 4), *shared], [spec(1, 1, 8)]).bytes
+
+    assert of(16) == of(64)
+    assert of(64) - of(1) == 4 * 3 * 4 * 8  # two experts rather than the only one
+    both = cost_of(op, [*routed, spec(64, 8, 8), spec(64, 8, 4), *shared], [spec(1, 1, 8)])
+    assert both.flops == 2 * 2 * 3 * 4 * 8 + (2 * 3 * 6 * 8 if shared else 0)
+
+
+def test_a_lookup_reads_rows() -> None:
+    small, large = (cost_of("Gather", [spec(v, 8), spec(1, 5, dtype="int64")], [spec(1, 5, 8)]) for v in (10, 10**6))
+    assert small == large
+
+
+@pytest.mark.parametrize("name", ["v4-nano", "v4-mini"])
+def test_a_whole_step_agrees_with_the_estimate(name: str) -> None:
+    """FLOPs as the config's formulas have them; bytes between the active weights alone and a tenth more."""
+    config = preset(name)
+    model = build(config)
+    figures = measure_onnx(model, frozenset(json.loads(model.metadata_props["v4c.weights"])), "float32")
+    assert figures.cost.flops == pytest.approx(estimate.flops_per_token(config, CONTEXT), rel=0.03)
+    weights = 4 * estimate.active_parameters(config)
+    cache = 4 * 2 * config.head_dim * (config.sliding_window + config.index_topk) * config.num_hidden_layers
+    assert weights < figures.cost.bytes < 1.1 * weights + cache
+
+
+def test_every_op_has_a_cost_of_its_own_or_is_elementwise(tiny_engram: ModelConfig) -> None:
+    """An op without a rule counts all its operands; that is right for these alone."""
+    from v4c.passes.cost import _RULES
+
+    assert set(OPS) - set(_RULES) == {"TrailingRope", "RotaryQueryKV", "TopKRoute", "ClampedSwiGLU"}
