@@ -34,7 +34,7 @@ class Variant:
     def __init__(self, place: Path, label: str, disabled: list[str]) -> None:
         click.echo(f"compile {label}", err=True)
         dump, artifact = place / f"ir {label}", place / f"{label}.v4c"
-        v4c.compile(place / "checkpoint", artifact, disable_passes=disabled, dump_ir=dump)
+        v4c.compile(place / "model.onnx", artifact, disable_passes=disabled, dump_ir=dump)
         self.label, self.stages = label, read_summary(dump)["stages"]
         planned = next(s for s in self.stages if s["stage"].endswith("plan-memory"))
         self.launches, self.csa_layer = planned["launches"], csa_layer_launches(dump, planned)
@@ -58,6 +58,7 @@ def main(name: str, rounds: int, only: tuple[str, ...], as_json: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         initialise(preset(name), place / "checkpoint")
+        v4c.export(place / "checkpoint", place / "model.onnx")  # traced once, not for every variant
         base = Variant(place, BASE, [])
         idle = [p for p in OPTIONAL if does_nothing(base.stages, p)]
         wanted = {f"without {p}": [p] for p in only or OPTIONAL if p not in idle}
@@ -69,6 +70,7 @@ def main(name: str, rounds: int, only: tuple[str, ...], as_json: bool) -> None:
             own = own or found
             scaled = [round(o * f[1] / f[0], 3) for o, f in zip([own[0][0], own[1][0]], found, strict=True)]
             rows.append(other.row(*scaled))
+            click.echo(f"  {json.dumps(rows[-1])}", err=True)  # nothing is lost if a later variant fails
             other.session.close()
             for file in (place / f"{label}.v4c").iterdir():
                 file.unlink()

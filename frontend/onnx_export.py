@@ -66,7 +66,7 @@ class _Assembler:
         if name in self._float_weights:
             return self._float_weights[name]
         info = self.specs[name]
-        dtype = stored_dtype(info, self.dtype)
+        dtype = stored_dtype(name, info, self.dtype)
         value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(info.shape))
         self.weights[name] = value
         if dtype not in (ir.DataType.FLOAT, ir.DataType.INT64):
@@ -211,11 +211,14 @@ def op_functions(graphs: Iterable[ir.Graph | ir.Function]) -> list[ir.Function]:
     return [ir.from_proto(f.to_function_proto()) for f in protos.values()]
 
 
-def stored_dtype(info: TensorInfo, matrix_dtype: ir.DataType) -> ir.DataType:
-    """What a tensor is stored as: int64 tables and fp32-always tensors as they are, matrices in `matrix_dtype`."""
+def stored_dtype(name: str, info: TensorInfo, matrix_dtype: ir.DataType) -> ir.DataType:
+    """What a tensor is stored as: int64 tables and fp32-always tensors as they are, matrices in `matrix_dtype`.
+
+    A router's matrix stays float32: rounding it would change which experts are chosen.
+    """
     if info.kind == "int64":
         return ir.DataType.INT64
-    return ir.DataType.FLOAT if info.kind == "fp32" else matrix_dtype
+    return ir.DataType.FLOAT if info.kind == "fp32" or name.endswith("mlp.gate.weight") else matrix_dtype
 
 
 def attach_weights(model: ir.Model, source: WeightSource, progress: Progress | None = None) -> None:

@@ -60,8 +60,8 @@ def bound(name: str) -> int:
     return 1
 
 
-def measure_onnx(model: ir.Model, weights: frozenset[str], matrix_dtype: str) -> Figures:
-    """Figures of an ONNX graph; matrices count with their storage dtype."""
+def measure_onnx(model: ir.Model, weights: frozenset[str], products: str) -> Figures:
+    """Figures of an ONNX graph; matrices count with `products`, what they are stored as."""
     figures = Figures()
     bodies = {(f.domain, f.name): f for f in model.functions.values() if f.domain != DOMAIN}
     done: dict[tuple[str, str], tuple[int, Cost]] = {}
@@ -79,7 +79,7 @@ def measure_onnx(model: ir.Model, weights: frozenset[str], matrix_dtype: str) ->
                 launches, cost = launches + done[key][0], cost + done[key][1]
             elif not _is_free(node, stored):
                 own += 1
-                cost += _node_cost(node, stored, matrix_dtype)
+                cost += _node_cost(node, stored, products)
         figures.launches_by_function[label] = own
         return launches + own, cost
 
@@ -126,9 +126,9 @@ def _is_number(value: ir.Value) -> bool:
     )
 
 
-def _node_cost(node: ir.Node, stored: set[ir.Value], matrix_dtype: str) -> Cost:
+def _node_cost(node: ir.Node, stored: set[ir.Value], products: str) -> Cost:
     read = [v for v in node.inputs if v is not None and not (v.shape is None and _is_number(v))]
-    inputs = [_spec(v, stored, matrix_dtype) for v in read]
+    inputs = [_spec(v, stored, products) for v in read]
     known = [s for s in inputs if s is not None]
     if len(known) < len(inputs):
         return Cost()
@@ -138,15 +138,15 @@ def _node_cost(node: ir.Node, stored: set[ir.Value], matrix_dtype: str) -> Cost:
         rule = op.shape_rule(known, attributes)
         outputs = [s for s, name in zip(rule, op.outputs, strict=True) if name not in op.writes]
         return cost_of(node.op_type, known, outputs)
-    made = [_spec(v, stored, matrix_dtype) for v in node.outputs]
+    made = [_spec(v, stored, products) for v in node.outputs]
     grouped = node.op_type == "MatMul" and len(known[1].shape) > 2
     return cost_of(GROUPED_PRODUCT if grouped else node.op_type, known, [s for s in made if s is not None])
 
 
-def _spec(value: ir.Value, stored: set[ir.Value], matrix_dtype: str) -> TensorSpec | None:
+def _spec(value: ir.Value, stored: set[ir.Value], products: str) -> TensorSpec | None:
     shape = value.shape
     if shape is None and value.producer() is not None and value.producer().op_type == "Transpose":  # type: ignore[union-attr]
-        return _spec(value.producer().inputs[0], stored, matrix_dtype)  # type: ignore[union-attr, arg-type]
+        return _spec(value.producer().inputs[0], stored, products)  # type: ignore[union-attr, arg-type]
     if shape is None or value.dtype is None:
         return None
     dims = tuple(d if isinstance(d, int) else bound(str(d.value)) for d in shape)
@@ -154,7 +154,7 @@ def _spec(value: ir.Value, stored: set[ir.Value], matrix_dtype: str) -> TensorSp
         str(value.dtype), "bool"
     )
     if dtype == "float32" and len(dims) > 1 and (value in stored or _from_weight(value, stored)):
-        dtype = matrix_dtype
+        dtype = products
     return TensorSpec(dims, dtype)
 
 

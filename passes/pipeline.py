@@ -161,18 +161,18 @@ class PassOptions:
 
 
 def run_onnx_passes(
-    model: ir.Model, options: PassOptions, weights: Collection[str] = (), matrix_dtype: str = "float32"
+    model: ir.Model, options: PassOptions, weights: Collection[str] = (), products: str = "float32"
 ) -> list[PassReport]:
     """Rewrite `model` in place by every ONNX pass that is not disabled; what each did.
 
-    `weights` and `matrix_dtype`, their names and storage, are for the figures an observer asks for.
+    `weights`, their names, and `products`, what matrices are stored as, are for the figures an observer asks for.
     """
 
     def observe(number: int, name: str) -> None:
         if options.observe:
             options.observe(Stage(
                 f"onnx-{number:02d}-{name}", ".txt", lambda: onnx.printer.to_text(ir.to_proto(model)),
-                lambda: measure_onnx(model, frozenset(weights), matrix_dtype),
+                lambda: measure_onnx(model, frozenset(weights), products),
             ))  # fmt: skip
 
     type_inputs(model)

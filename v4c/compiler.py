@@ -27,7 +27,7 @@ from v4c.passes.dump import Dump
 from v4c.passes.onnx.rewriting import PassReport
 from v4c.passes.pipeline import PACK_WEIGHTS, SHARE_LAYERS, SPECIALISE_DECODE, PassOptions, run_onnx_passes
 from v4c.passes.relax.importer import Importer
-from v4c.passes.relax.layouts import WeightSpec
+from v4c.passes.relax.layouts import Storage, WeightSpec
 from v4c.progress import Progress
 from v4c.runtime import manifest as artifact
 from v4c.runtime.library import choose_threads
@@ -35,6 +35,12 @@ from v4c.runtime.writer import ArtifactWriter
 from v4c.targets import Target
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
+QUANTISATIONS = ("none", "int8", "int4")
+
+
+def storage_of(dtype: str, quant: str) -> Storage:
+    """What weights are stored as for options ``--dtype`` and ``--quant``."""
+    return Storage(DTYPES[dtype], DTYPES[dtype] if quant == "none" else quant)
 
 
 def compile_model(
@@ -42,7 +48,7 @@ def compile_model(
     destination: Path,
     *,
     target: str,
-    dtype: str,
+    storage: Storage,
     weights: bool,
     disable_passes: Collection[str] = (),
     dump_ir: Path | None = None,
@@ -52,12 +58,12 @@ def compile_model(
     device = targets.find(target)
     options = PassOptions.checked(disable_passes, None if dump_ir is None else Dump(dump_ir))
     with ArtifactWriter(destination) as writer, tempfile.TemporaryDirectory() as scratch:
-        model, config = _graph(source, options, DTYPES[dtype], progress)
-        module, specs = lower(model, device, DTYPES[dtype], options)
+        model, config = _graph(source, options, storage, progress)
+        module, specs = lower(model, device, storage, options)
         if progress:
             progress("compile kernels", 0, 0)
         library = Path(scratch) / "model.so"
-        device.build(module, library, options)
+        kernels = device.build(module, library, options)
         writer.write_library(library)
         stored = weights and not isinstance(source, ModelConfig)
         packed = _packed(device, specs)
@@ -68,19 +74,23 @@ def compile_model(
         tokenizer = getattr(source, "tokenizer_path", None)
         if tokenizer is not None:
             writer.copy_tokenizer(tokenizer)
-        build_notes = {"dtype": dtype, "disabled_passes": sorted(disable_passes)}
-        writer.finish(_manifest(config, device, dtype, build_notes, SPECIALISE_DECODE not in options.disabled))
+        build_notes = {"tables": storage.tables, "disabled_passes": sorted(disable_passes), "kernels": kernels}
+        writer.finish(_manifest(config, device, storage, build_notes, SPECIALISE_DECODE not in options.disabled))
     return destination
 
 
 def plan(
-    source: WeightSource | ModelConfig | OnnxSource, *, target: str, dtype: str, disable_passes: Collection[str] = ()
+    source: WeightSource | ModelConfig | OnnxSource,
+    *,
+    target: str,
+    storage: Storage,
+    disable_passes: Collection[str] = (),
 ) -> dict[str, Any]:
     """What `compile_model` would write, without building or reading weights: the ``--dry-run`` report."""
     device = targets.find(target)
     options = PassOptions.checked(disable_passes)
-    model, config = _graph(source, options, DTYPES[dtype], None)
-    _, specs = lower(model, device, DTYPES[dtype], options)
+    model, config = _graph(source, options, storage, None)
+    _, specs = lower(model, device, storage, options)
     packed = _packed(device, specs)
     return {
         "target": device.name,
@@ -91,11 +101,11 @@ def plan(
     }
 
 
-def lower(model: ir.Model, device: Target, matrix_dtype: str, options: PassOptions) -> tuple[Any, list[WeightSpec]]:
+def lower(model: ir.Model, device: Target, storage: Storage, options: PassOptions) -> tuple[Any, list[WeightSpec]]:
     """The Relax module with the entry points, and the weights they take, in order."""
     choose_threads()  # before TVM makes its workers: the artifact may be run in this same process
     importer = Importer(
-        model, device.kernels, _weight_names(model), matrix_dtype, share_layers=SHARE_LAYERS not in options.disabled,
+        model, device.kernels, _weight_names(model), storage, share_layers=SHARE_LAYERS not in options.disabled,
         pack_weights=PACK_WEIGHTS not in options.disabled,
     )  # fmt: skip
     set_head(model, all_logits=False)
@@ -163,13 +173,13 @@ def _tell(report: PassReport, progress: Progress | None) -> None:
 
 
 def _graph(
-    source: WeightSource | ModelConfig | OnnxSource, options: PassOptions, matrix_dtype: str, progress: Progress | None
+    source: WeightSource | ModelConfig | OnnxSource, options: PassOptions, storage: Storage, progress: Progress | None
 ) -> tuple[ir.Model, ModelConfig]:
     """The ONNX graph of `source`, its passes done, and its config."""
     config = source if isinstance(source, ModelConfig) else source.config
     model = source.model if isinstance(source, OnnxSource) else build(config, progress=progress)
     add_heads(model, config)
-    for report in run_onnx_passes(model, options, _weight_names(model), matrix_dtype):
+    for report in run_onnx_passes(model, options, _weight_names(model), storage.products):
         _tell(report, progress)
     return model, config
 
@@ -210,7 +220,7 @@ def _load(source: WeightSource | OnnxSource, spec: WeightSpec) -> np.ndarray:
 
 
 def _manifest(
-    config: ModelConfig, device: Target, dtype: str, notes: dict[str, Any], decode_one: bool
+    config: ModelConfig, device: Target, storage: Storage, notes: dict[str, Any], decode_one: bool
 ) -> artifact.Manifest:
     # A step of several rows is a chunk of one token: the same function.
     entry_points = {"prefill": "prefill", "prefill_all": "prefill_all", "decode": "prefill"}
@@ -220,7 +230,7 @@ def _manifest(
         v4c_version=version("v4c"),
         tvm_version=version("apache-tvm"),
         target=artifact.Target(device.name, os.uname().machine, device.features),
-        dtypes=artifact.DTypes(DTYPES[dtype], "float32", "float32"),
+        dtypes=artifact.DTypes(storage.products, "float32", "float32"),
         config=config.to_dict(),
         vocab_size=config.vocab_size,
         max_context=config.max_position_embeddings,

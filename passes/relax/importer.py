@@ -20,7 +20,7 @@ from v4c.errors import UnsupportedError
 from v4c.passes.cost import INPUTS_ATTRIBUTE, OP_ATTRIBUTE
 
 from .kernels import Kernel, Kernels
-from .layouts import MATRIX_LAYOUTS, Callee, Layout, WeightSpec, layout_of, merged_name, uses
+from .layouts import Callee, Layout, Storage, WeightSpec, layout_of, merged_name, uses
 from .merges import Merges, find_merges, origin
 from .operators import CONVERTERS
 from .products import rms_norm_linear
@@ -47,7 +47,7 @@ class Importer:
         model: the ONNX model, weights as initializers or as inputs named in `weight_names`.
         kernels: the target.
         weight_names: names of the values that are weights.
-        matrix_dtype: storage dtype of matrices and tables: ``float32`` or ``bfloat16``.
+        storage: what weights are stored as.
         share_layers: one Relax function for all calls of a model-local function with the same argument types, rather
             than one for each.
         pack_weights: whether projections are packed for their kernel; what only one kernel can read always is.
@@ -56,7 +56,7 @@ class Importer:
     model: ir.Model
     kernels: Kernels
     weight_names: frozenset[str]
-    matrix_dtype: str = "float32"
+    storage: Storage = field(default_factory=Storage)
     share_layers: bool = True
     pack_weights: bool = True
     builder: Any = field(default_factory=relax.BlockBuilder)
@@ -111,8 +111,8 @@ class Importer:
                 env[str(value.name)] = self.builder.emit(relax.TupleGetItem(out, index))
 
         return self._function(
-            name, [*casts, *nodes[border:]], inputs, [dims.spec(v) for v in inputs], weights, list(graph.outputs), constants, dims,
-            private=False, prelude=before_the_head if border else None,
+            name, [*casts, *nodes[border:]], inputs, [dims.spec(v) for v in inputs], weights, list(graph.outputs),
+            constants, dims, private=False, prelude=before_the_head if border else None,
         )  # fmt: skip
 
     def _is_call(self, node: ir.Node) -> bool:
@@ -137,8 +137,7 @@ class Importer:
         layout, groups = layout_of(value, consumers, self._callees)
         if layout == Layout.LINEAR and not self.pack_weights:
             layout = Layout.ROWS
-        storage = self.matrix_dtype if layout in MATRIX_LAYOUTS else "float32"
-        dtype = "int64" if str(tensors[0].dtype) == "INT64" else storage
+        dtype = "int64" if str(tensors[0].dtype) == "INT64" else self.storage.of(layout)
         shapes = [tuple(int(d) for d in t.shape) for t in tensors]  # type: ignore[union-attr, arg-type]
         if len(tensors) == 1:
             return WeightSpec(names[0], layout, shapes[0], groups, dtype)

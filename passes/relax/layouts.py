@@ -30,8 +30,32 @@ class Layout(StrEnum):
     ROUTER = "router"  # [E, D], a product like LINEAR, kept in float32: rounding would change the choice
 
 
-MATRIX_LAYOUTS = frozenset(Layout) - {Layout.PLAIN, Layout.ROUTER}
-"""Layouts whose storage dtype the user chooses."""
+PRODUCT_LAYOUTS = frozenset(
+    (Layout.LINEAR, Layout.LINEAR_KN, Layout.GROUPED_LINEAR, Layout.GATE_UP, Layout.EXPERTS_DOWN)
+)
+"""Layouts that products read whole: what quantisation is for."""
+
+TABLE_LAYOUTS = frozenset((Layout.TABLE, Layout.ROWS))
+"""Layouts whose rows are read one by one."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What weights are stored as; routers, norms, mHC weights, sinks and biases are always float32.
+
+    Attributes:
+        tables: dtype of tables that rows are taken from: ``float32`` or ``bfloat16``.
+        products: dtype of the matrices of products: one of these, or ``int8`` or ``int4``.
+    """
+
+    tables: str = "float32"
+    products: str = "float32"
+
+    def of(self, layout: Layout) -> str:
+        """Dtype of a weight of floating point numbers."""
+        if layout in PRODUCT_LAYOUTS:
+            return self.products
+        return self.tables if layout in TABLE_LAYOUTS else "float32"
 
 
 @dataclass(frozen=True)
@@ -43,7 +67,7 @@ class WeightSpec:
         layout: how it is packed.
         shape: shape before packing.
         groups: number of diagonal blocks (`Layout.GROUPED_LINEAR` only, else 1).
-        dtype: storage dtype: ``float32``, ``bfloat16`` or ``int64``.
+        dtype: storage dtype: ``float32``, ``bfloat16``, ``int64``, or ``int8`` or ``int4`` with scales.
         parts: of a weight merged from several tensors along axis 0, their names and shapes; otherwise empty.
     """
 
@@ -139,6 +163,9 @@ _BY_INPUT: dict[tuple[str, str], dict[int, Layout]] = {
 """Nodes that read a weight directly: (domain, op) to the layout of each input that is packed."""
 
 
+_ROUTES = {(DOMAIN, "TopKRoute"), (DOMAIN, "HashRoute")}
+
+
 def _one(node: ir.Node, index: int, consumers: Consumers, functions: Callees) -> tuple[Layout, int]:
     key = (node.domain, node.op_type)
     plain = (Layout.PLAIN, 1)
@@ -152,7 +179,9 @@ def _one(node: ir.Node, index: int, consumers: Consumers, functions: Callees) ->
     if key in _BY_INPUT:
         return _BY_INPUT[key].get(index, Layout.PLAIN), 1
     if key == ("", "Transpose") and list(node.attributes["perm"].value) == [1, 0]:
-        return (Layout.LINEAR, 1) if _feeds_matmul(node, consumers) else plain
+        if not _feeds_matmul(node, consumers):
+            return plain
+        return (Layout.ROUTER if _feeds_routes(node, consumers) else Layout.LINEAR), 1
     if key == ("", "Reshape") and index == 0:
         shape = constant(node.inputs[1])
         transposes = consumers.get(str(node.outputs[0].name), [])
@@ -168,6 +197,13 @@ def _through(node: ir.Node, consumers: Consumers, functions: Callees) -> tuple[L
     name = node.outputs[0].name
     assert name is not None
     return layout_of(name, consumers, functions)
+
+
+def _feeds_routes(transpose: ir.Node, consumers: Consumers) -> bool:
+    """Whether the products with a transposed weight are the logits of routes."""
+    products = [n for n, _ in consumers[str(transpose.outputs[0].name)]]
+    readers = [n for p in products for n, _ in consumers.get(str(p.outputs[0].name), [])]
+    return bool(readers) and all((n.domain, n.op_type) in _ROUTES for n in readers)
 
 
 def _feeds_matmul(node: ir.Node, consumers: Consumers) -> bool:

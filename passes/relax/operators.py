@@ -162,7 +162,7 @@ def _same(a: Any, b: Any) -> bool:
 @converter("Transpose")
 def _transpose(importer: Importer, args: list[Any], attributes: dict[str, Any], outputs: int) -> list[Any]:
     x = args[0]
-    if isinstance(x, WeightUse) and x.spec.layout in (Layout.ROWS, Layout.LINEAR, Layout.GROUPED_LINEAR):
+    if isinstance(x, WeightUse) and x.spec.layout in (Layout.ROWS, Layout.LINEAR, Layout.ROUTER, Layout.GROUPED_LINEAR):
         return [x]
     return [importer.builder.emit(R.permute_dims(importer.tensor(x), list(attributes["perm"])))]
 
