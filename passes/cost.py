@@ -10,11 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 
-from v4c.custom_ops import TensorSpec
+
+class Spec(Protocol):
+    """Shape and dtype of a tensor: a `TensorSpec`, or what `v4c bench` saw, which must run without torch."""
+
+    @property
+    def shape(self) -> Sequence[Any]:
+        """Known sizes."""
+
+    @property
+    def dtype(self) -> str:
+        """Name of the element type."""
 
 
 @dataclass(frozen=True)
@@ -28,28 +39,43 @@ class Cost:
         return Cost(self.bytes + other.bytes, self.flops + other.flops)
 
 
-Specs = Sequence[TensorSpec]
+Specs = Sequence[Spec]
 
 OP_ATTRIBUTE = "v4c.op"
 """Attribute of a kernel's PrimFunc: the operator it computes, as `cost_of` takes it."""
 INPUTS_ATTRIBUTE = "v4c.inputs"
 """Attribute of a kernel's PrimFunc: how many of its arguments are inputs."""
 
+STREAM_READ, MATRIX_PEAK = "v4c_stream_read", "v4c_matrix_peak"
+"""Functions of every library that measure what costs are compared with: bytes and multiply-adds per second."""
+
 GROUPED_PRODUCT = "GroupedMatMul"
 """What a MatMul with a block-diagonal weight is called here."""
 
 
-def size(spec: TensorSpec) -> int:
+def size(spec: Spec) -> int:
     """Number of elements."""
     return prod(int(d) for d in spec.shape)
 
 
-def nbytes(spec: TensorSpec) -> float:
+def nbytes(spec: Spec) -> float:
     """Bytes in memory."""
-    if spec.dtype == "bool":
-        return size(spec)
+    if spec.dtype in ("bool", "int4"):
+        return size(spec) * (0.5 if spec.dtype == "int4" else 1)
     dtype = ml_dtypes.bfloat16 if spec.dtype == "bfloat16" else spec.dtype
     return size(spec) * np.dtype(dtype).itemsize
+
+
+_BLOCK_WEIGHTS = {1088: 1024, 576: 1024}
+"""Bytes of a block of quantised weights, the last dimension of a packed one, to the weights in it: 32 float16 scales,
+then 32 outputs by 32 inputs of a byte or half a byte."""
+
+
+def weights_in(spec: Spec) -> int:
+    """Number of weights in a matrix, packed or not."""
+    if spec.dtype == "uint8" and int(spec.shape[-1]) in _BLOCK_WEIGHTS:
+        return prod(int(d) for d in spec.shape[:-1]) * _BLOCK_WEIGHTS[int(spec.shape[-1])]
+    return size(spec)
 
 
 def cost_of(op: str, inputs: Specs, outputs: Specs) -> Cost:
@@ -66,7 +92,7 @@ def _all(specs: Specs) -> float:
     return sum(nbytes(s) for s in specs)
 
 
-def _tokens(spec: TensorSpec) -> int:
+def _tokens(spec: Spec) -> int:
     """Tokens of an activation ``[B, S, ...]``."""
     return prod(int(d) for d in spec.shape[:2])
 
@@ -78,17 +104,17 @@ def _elementwise(inputs: Specs, outputs: Specs) -> Cost:
 def _product(inputs: Specs, outputs: Specs) -> Cost:
     """The last input is the weight; every element of it meets every row."""
     x, weight = inputs[0], inputs[-1]
-    return Cost(_all(inputs) + _all(outputs), 2.0 * (size(x) // int(x.shape[-1])) * size(weight))
+    return Cost(_all(inputs) + _all(outputs), 2.0 * (size(x) // int(x.shape[-1])) * weights_in(weight))
 
 
 def _grouped_product(inputs: Specs, outputs: Specs) -> Cost:
     """Block-diagonal: a row of the input is cut into as many groups as the weight ``[G, ...]`` has blocks."""
     x, weight = inputs
     rows = size(x) // int(x.shape[-1]) // int(weight.shape[0])
-    return Cost(_all(inputs) + _all(outputs), 2.0 * rows * size(weight))
+    return Cost(_all(inputs) + _all(outputs), 2.0 * rows * weights_in(weight))
 
 
-def _rows_of(table: TensorSpec, count: int) -> float:
+def _rows_of(table: Spec, count: int) -> float:
     """Bytes of `count` rows of a table."""
     return nbytes(table) / int(table.shape[0]) * count
 
@@ -103,10 +129,10 @@ def _experts(inputs: Specs, outputs: Specs) -> Cost:
     x, _, indices, gate_up, down, *shared = inputs
     tokens, choices = _tokens(indices), size(indices)
     stack = [_rows_of(m, min(choices, int(m.shape[0]))) for m in (gate_up, down)]
-    routed = 2.0 * choices * sum(size(m) / int(m.shape[0]) for m in (gate_up, down))
+    routed = 2.0 * choices * sum(weights_in(m) / int(m.shape[0]) for m in (gate_up, down))
     return Cost(
         _all([x, x, *shared]) + nbytes(indices) * 1.5 + sum(stack),
-        routed + 2.0 * tokens * sum(size(m) for m in shared),
+        routed + 2.0 * tokens * sum(weights_in(m) for m in shared),
     )
 
 
@@ -128,7 +154,7 @@ def _hash_route(inputs: Specs, outputs: Specs) -> Cost:
     return Cost(_all([logits, ids]) + _rows_of(table, size(ids)) + _all(outputs))
 
 
-def _attend(q: TensorSpec, keys: int, others: Specs) -> Cost:
+def _attend(q: Spec, keys: int, others: Specs) -> Cost:
     """Every head of every token against `keys` rows that all heads share: scores and sum."""
     heads, width = int(q.shape[2]), int(q.shape[3])
     return Cost(_all([q, q, *others]) + 4.0 * keys * width * _tokens(q), 4.0 * _tokens(q) * heads * keys * width)

@@ -236,7 +236,7 @@ def _number(dim: Any) -> int:
 
     if isinstance(dim, tirx.Var):
         return bound(dim.name)
-    operations = {
+    operations: dict[Any, Any] = {
         tirx.Add: operator.add, tirx.Sub: operator.sub, tirx.Mul: operator.mul, tirx.FloorDiv: operator.floordiv,
         tirx.FloorMod: operator.mod, tirx.Max: max, tirx.Min: min,
     }  # fmt: skip

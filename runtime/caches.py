@@ -46,3 +46,17 @@ class Caches:
                     target[row, :written] = origin[row, :written]
                 elif position > 0:
                     target[row] = origin[row]
+
+    def repeat(self, positions: np.ndarray, position: int) -> None:
+        """Fill caches that grow to ``position`` tokens with the rows written so far, over and over.
+
+        ``positions`` [B]: tokens each row has read.
+        """
+        for spec, array in zip(self._specs, self.arrays, strict=True):
+            if spec.ratio is None:
+                continue
+            for row, read in enumerate(positions):
+                written, end = int(read) // spec.ratio, position // spec.ratio
+                for start in range(written, end if written else 0, written or 1):
+                    piece = array[row, start : min(start + written, end)]
+                    piece[...] = array[row, : len(piece)]

@@ -164,6 +164,13 @@ class Program:
         """
         self._clear()
 
+    def function(self, name: str) -> Callable[..., Any] | None:
+        """A compiled function of the library outside the virtual machine, None where there is none of that name."""
+        try:
+            return self._module.get_function(name, query_imports=True)
+        except AttributeError:
+            return None
+
 
 class Machine:
     """One virtual machine; to be used by one thread at a time."""
@@ -183,6 +190,10 @@ class Machine:
             return self._module[name]
         except Exception as error:
             raise ArtifactError(f"function {function!r}: expected in the library, found {one_line(error)}") from error
+
+    def observe(self, callback: Callable[..., Any]) -> None:
+        """Have ``callback(function, name, before, result, *arguments)`` called before and after every call it makes."""
+        self._module["set_instrument"](import_ffi().convert_func(callback))
 
 
 def one_line(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -89,6 +89,10 @@ class Model:
         if self._artifact.tokenizer is None:
             raise InputError(f"{self._artifact.path}: expected a tokenizer, found none: pass token ids")
         return Tokenizer(self._artifact.tokenizer)
+
+    def library_function(self, name: str) -> Callable[..., Any] | None:
+        """A compiled function that is no entry point, None where the library has none of that name."""
+        return self._program.function(name)
 
     def new_session(self, batch: int = 1, max_context: int | None = None) -> Session:
         """A session of ``batch`` rows of up to ``max_context`` tokens each (None: the model's largest).

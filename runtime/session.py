@@ -123,6 +123,24 @@ class Session:
                 self._check_usable()
                 self._positions[checked_rows(rows, self.batch)] = 0
 
+    def pretend(self, position: int) -> None:
+        """Put every row at ``position`` without reading tokens, to measure a step there.
+
+        Rings stay as they are. Of caches that grow with the context, rows that were not written repeat those that were,
+        so that they take memory and hold values of the usual size.
+        """
+        with self._lock:
+            self._check_usable()
+            position = checked_count(position, "position", 0, self.max_context)
+            self._caches.repeat(self._positions, position)
+            self._positions[:] = position
+
+    def observe(self, callback: Callable[..., Any]) -> None:
+        """Report every call inside the compiled functions to ``callback``, from now on; see `Machine.observe`."""
+        with self._lock:
+            self._check_usable()
+            self._machine.observe(callback)
+
     def fork(self) -> Session:
         """An independent session in the same state; what is copied is what has been read, not the whole capacity."""
         with self._lock:

@@ -34,5 +34,5 @@ class Target(Protocol):
     def pack(self, weight: WeightSpec, array: np.ndarray) -> np.ndarray:
         """A weight as the kernels read it: converted to its storage dtype and packed; `array` joins merged parts."""
 
-    def build(self, module: Any, library: Path, options: PassOptions) -> None:
-        """Lower and compile a Relax module into a shared library."""
+    def build(self, module: Any, library: Path, options: PassOptions) -> dict[str, list[Any]]:
+        """Lower and compile a Relax module into a shared library; returns its `kernel_table`."""

@@ -20,6 +20,7 @@ from v4c.errors import (
 
 if TYPE_CHECKING:
     from v4c.api import compile, export, load
+    from v4c.benchmark import bench
     from v4c.frontend.config import ModelConfig
     from v4c.frontend.presets import preset
     from v4c.inspection import inspect
@@ -29,6 +30,7 @@ _LAZY = {
     "compile": "v4c.api",
     "export": "v4c.api",
     "load": "v4c.api",
+    "bench": "v4c.benchmark",
     "inspect": "v4c.inspection",
     "verify": "v4c.verification",
     "preset": "v4c.frontend.presets",
@@ -44,6 +46,7 @@ __all__ = [
     "ModelConfig",
     "OutputError",
     "UnsupportedError",
+    "bench",
     "compile",
     "export",
     "inspect",

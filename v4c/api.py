@@ -80,8 +80,7 @@ def compile(
         path: folder to create; it may exist only if empty.
         target: ``cpu`` (this machine) or ``cpu:LEVEL`` with an x86-64 level.
         dtype: storage of the weight matrices: ``f32`` or ``bf16``; arithmetic is float32.
-        quant: storage of the matrices of products: ``none`` (as `dtype`), or ``int8`` or ``int4`` with a float16 scale
-            per 32 inputs; routers, norms, mHC weights, sinks and tables are not quantised.
+        quant: ``none``.
         kv: storage of the caches: ``f32``.
         weights: False builds the library alone; the artifact can be inspected, not run.
         disable_passes: names of optional passes to leave out.
@@ -95,10 +94,10 @@ def compile(
     Raises:
         v4c.Error: bad input or an output that cannot be written; nothing is left behind.
     """
-    from v4c.compiler import DTYPES, QUANTISATIONS, compile_model, plan, storage_of
+    from v4c.compiler import DTYPES, compile_model, plan, storage_of
 
     _one_of("dtype", dtype, tuple(DTYPES))
-    _one_of("quant", quant, QUANTISATIONS)
+    _one_of("quant", quant, ("none",))
     _one_of("kv", kv, ("f32",))
     opened = _open(source, weights)
     if dry_run:

@@ -35,7 +35,6 @@ from v4c.runtime.writer import ArtifactWriter
 from v4c.targets import Target
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
-QUANTISATIONS = ("none", "int8", "int4")
 
 
 def storage_of(dtype: str, quant: str) -> Storage:

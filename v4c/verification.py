@@ -156,12 +156,17 @@ class _AsStored:
 
         self.config: ModelConfig = source.config
         self._source = source
-        halves = (weight.name for weight in model.manifest.weights if weight.dtype == "bfloat16")
-        self._rounded = {part for name in halves for part in part_names(name)}
+        self._stored = {part: w.dtype for w in model.manifest.weights for part in part_names(w.name)}
+        self._bits = {"int8": 8, "int4": 4}.get(model.manifest.dtypes.weights)
 
     def load(self, name: str, dtype: str | None = None) -> np.ndarray:
-        if name in self._rounded:
+        stored = self._stored.get(name)
+        if stored == "bfloat16":
             return self._source.load(name, "bf16").astype(np.float32)
+        if stored == "uint8" and self._bits is not None:
+            from v4c.targets.cpu.kernels.quant_packing import dequantised
+
+            return dequantised(self._source.load(name, "f32"), self._bits)
         return self._source.load(name, dtype or "f32")
 
 

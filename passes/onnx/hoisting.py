@@ -76,7 +76,7 @@ def sink(model: ir.Model, function: ir.Function, node: ir.Node) -> None:
         whole = old[position]
         shape, kind = whole.shape, whole.type
         call.resize_outputs(len(old) + len(computed) - 1)
-        outer = dict(zip(function.inputs, call.inputs, strict=True))
+        outer: dict[ir.Value, ir.Value | None] = dict(zip(function.inputs, call.inputs, strict=True))
         outer |= dict(zip(computed, [whole, *call.outputs[len(old) :]], strict=True))
         for operand in computed:
             made = outer[operand]
@@ -91,8 +91,8 @@ def sink(model: ir.Model, function: ir.Function, node: ir.Node) -> None:
         whole.replace_all_uses_with(moved, replace_graph_outputs=True)
         moved.name, whole.name = whole.name, f"{whole.name}.{computed[0].name}"
         tail.resize_inputs(len(node.inputs))
-        for index, operand in enumerate(node.inputs):
-            tail.replace_input_with(index, outer[operand] if operand is not None else None)
+        for index, read in enumerate(node.inputs):
+            tail.replace_input_with(index, outer[read] if read is not None else None)
         model.graph.insert_after(call, tail)
     function.outputs[position] = computed[0]
     function.outputs.extend(computed[1:])

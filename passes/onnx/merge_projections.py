@@ -25,7 +25,8 @@ class MergeProjections:
 
     def run(self, model: ir.Model) -> PassReport:
         """Rewrite `model` in place."""
-        merged, refusals = 0, []
+        merged = 0
+        refusals: list[str] = []
         for function in parts(model):
             concats = self._merge(function, refusals)
             if concats:
@@ -58,7 +59,7 @@ class MergeProjections:
 
     def _join(self, graph: ir.Graph | ir.Function, x: ir.Value, nodes: list[ir.Node]) -> ir.Node:
         weights = [_weight(n) for n in nodes]
-        sizes = [int(w.shape[0]) for w in weights]  # type: ignore[union-attr, index]
+        sizes = [int(w.shape[0]) for w in weights]  # type: ignore[union-attr, index, arg-type]
         first, label = nodes[0], f"{nodes[0].name}.merged"
         concat = ir.node("Concat", weights, {"axis": 0}, name=f"{label}.weights")
         transpose = ir.node("Transpose", concat.outputs, {"perm": [1, 0]}, name=f"{label}.transpose")
@@ -68,7 +69,7 @@ class MergeProjections:
             "Split", [product.outputs[0], lengths.outputs[0]], {"axis": -1}, num_outputs=len(nodes),
             name=f"{label}.split",
         )  # fmt: skip
-        columns = int(weights[0].shape[1])  # type: ignore[union-attr, index]
+        columns = int(weights[0].shape[1])  # type: ignore[union-attr, index, arg-type]
         for node in (concat, transpose, product, lengths):
             node.outputs[0].name = str(node.name)
             node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)

@@ -32,11 +32,28 @@ _OPAQUE = 8
 
 @dataclass
 class ImportedFunction:
-    """A Relax function of the module: names of its inputs, and the weights it takes after them, in order."""
+    """A Relax function of the module.
+
+    Attributes:
+        inputs: names of its inputs.
+        weights: the weights it takes after them.
+        global_var: its variable.
+        passed: of a private function, outputs that are inputs updated in place, by index: it does not return them.
+    """
 
     inputs: list[str]
     weights: list[WeightSpec]
     global_var: Any
+    passed: dict[int, int]
+
+    def call(self, builder: Any, inputs: list[Any], weights: list[Any], outputs: int) -> list[Any]:
+        """Emit a call; one variable per output, those that are updated in place as they were handed in."""
+        out = builder.emit(relax.Call(self.global_var, [*inputs, *weights]))
+        returned = iter(range(outputs - len(self.passed)))
+        return [
+            inputs[self.passed[i]] if i in self.passed else builder.emit(relax.TupleGetItem(out, next(returned)))
+            for i in range(outputs)
+        ]
 
 
 @dataclass
@@ -64,6 +81,7 @@ class Importer:
     _privates: dict[Any, ImportedFunction] = field(default_factory=dict)
     _callees: dict[tuple[str, str], Callee] = field(default_factory=dict)
     _merges: Merges = field(default_factory=Merges)
+    _updated: dict[Any, Any] = field(default_factory=dict)  # state after an op to the variable whose memory it is
 
     def kernel(self, kernel: Kernel, op: str, inputs: int) -> Any:
         """GlobalVar of a kernel with that many inputs, built when first asked for; `op` is what it computes."""
@@ -105,10 +123,10 @@ class Importer:
             )  # fmt: skip
 
         def before_the_head(env: dict[str, Any]) -> None:
-            arguments = [env[str(v.name)] for v in inputs] + [env[str(v.name)].var for v, _ in layers.weights]
-            out = self.builder.emit(relax.Call(self._privates[key].global_var, arguments))
-            for index, value in enumerate(layers.outputs):
-                env[str(value.name)] = self.builder.emit(relax.TupleGetItem(out, index))
+            given = [env[str(v.name)] for v in inputs]
+            held = [env[str(v.name)].var for v, _ in layers.weights]
+            results = self._privates[key].call(self.builder, given, held, len(layers.outputs))
+            env.update(zip((str(v.name) for v in layers.outputs), results, strict=True))
 
         return self._function(
             name, [*casts, *nodes[border:]], inputs, [dims.spec(v) for v in inputs], weights, list(graph.outputs),
@@ -190,7 +208,8 @@ class Importer:
         for constant, value in constants.items():
             assert value.const_value is not None
             env[constant] = value.const_value.numpy()
-        with self._scope(name, parameters, private):
+        notes = None if self.share_layers else {"v4c.import": len(self._privates)}  # equal functions would be one
+        with self._scope(name, parameters, private, notes):
             with self.builder.dataflow():
                 if prelude:
                     prelude(env)
@@ -198,15 +217,19 @@ class Importer:
                     if node not in self._merges.skipped:
                         self._node(node, env, dims)
                 results = [self.tensor(env[str(v.name)]) for v in outputs]
-                out = self.builder.emit_output(relax.Tuple(results))
+                results = [self._updated.get(r, r) for r in results]
+                places = {p: i for i, p in enumerate(parameters)}
+                passed = {i: places[r] for i, r in enumerate(results) if private and r in places}
+                returned = [r for i, r in enumerate(results) if i not in passed]
+                out = self.builder.emit_output(relax.Tuple(returned))
             var = self.builder.emit_func_output(out)
-        return ImportedFunction([str(v.name) for v in inputs], [w for _, w in weights], var)
+        return ImportedFunction([str(v.name) for v in inputs], [w for _, w in weights], var, passed)
 
     @contextlib.contextmanager
-    def _scope(self, name: str, parameters: list[Any], private: bool) -> Iterator[None]:
+    def _scope(self, name: str, parameters: list[Any], private: bool, notes: Any) -> Iterator[None]:
         """The builder's function scope; an error closes its last block, which TVM's own scope leaves open."""
         try:
-            with self.builder.function(name, parameters, private=private):
+            with self.builder.function(name, parameters, notes, private=private):
                 yield
         except BaseException:
             self.builder._end_block()
@@ -220,7 +243,7 @@ class Importer:
         elif (node.domain, node.op_type) == (DOMAIN, "RMSNormLinear"):  # a product: its outputs follow its weight
             results = rms_norm_linear(self, args, attributes, len(node.outputs))
         elif node.domain == DOMAIN and node.op_type in OPS:
-            results = self._custom(OPS[node.op_type], args, attributes)
+            results = self._custom(OPS[node.op_type], args, attributes, read=any(v.uses() for v in node.outputs))
         elif node.domain == "" and node.op_type in CONVERTERS:
             results = CONVERTERS[node.op_type](self, args, attributes, len(node.outputs))
         else:
@@ -233,16 +256,21 @@ class Importer:
         function = self._private(node, dims, node.op_type)
         tensors = [self.tensor(a) for a in args if not isinstance(a, WeightUse)]
         weights = [a.var for a in args if isinstance(a, WeightUse)]
-        out = self.builder.emit(relax.Call(function.global_var, [*tensors, *weights]))
-        return [self.builder.emit(relax.TupleGetItem(out, i)) for i in range(len(node.outputs))]
+        return function.call(self.builder, tensors, weights, len(node.outputs))
 
-    def _custom(self, op: CustomOp, args: list[Any], attributes: dict[str, Any]) -> list[Any]:
+    def _custom(self, op: CustomOp, args: list[Any], attributes: dict[str, Any], read: bool) -> list[Any]:
         # Kernels see a packed weight; the op's shape rule sees what the graph sees.
         logical = [TensorSpec(a.spec.shape, a.spec.dtype) if isinstance(a, WeightUse) else None for a in args]
         variables = [self.tensor(a) for a in args]
         specs = [spec or spec_of(v) for spec, v in zip(logical, variables, strict=True)]
         kernel = self.kernel(self.kernels.custom(op, specs, attributes), op.name, len(specs))
-        return op.to_relax(self.builder, kernel, variables, specs, attributes)
+        results = op.to_relax(self.builder, kernel, variables, specs, attributes)
+        # A function need not return state that was updated in its own argument. An op that gives nothing else must be
+        # returned all the same: what nothing reads is dead code.
+        for index, result in zip(op.inplace_indices, results, strict=True):
+            if index >= 0 and read:
+                self._updated[result] = self._updated.get(variables[index], variables[index])
+        return results
 
     def tensor(self, value: Any) -> Any:
         """A Relax variable for any value of the environment: constants are embedded, plain weights are parameters."""

@@ -74,6 +74,7 @@ def _unpacked(importer: Importer, x: Any, weight: WeightUse) -> Any:
 def _product(importer: Importer, x: Any, weight: WeightUse, extra: list[Any], norm_eps: float | None) -> Any:
     """``x [..., K]`` times the transposed weight; `Parts` where the weight is merged."""
     spec = weight.spec
+    sizes: tuple[int, ...]
     if spec.layout == Layout.LINEAR_KN:
         k, sizes = spec.shape[0], (spec.shape[1],)
     else:

@@ -117,10 +117,6 @@ _CUSTOM: dict[str, Callable[[Inputs, Attributes], Kernel]] = {
     "HashRouter": lambda i, a: Kernel(
         hash_router, (_size(i, "weight", 0), _size(i, "x", 2), _size(i, "indices", 2), a["scaling"])
     ),
-    "GroupedExperts": lambda i, a: Kernel(grouped_experts, _expert_sizes(i, a)),
-    "MixtureOfExperts": lambda i, a: Kernel(
-        mixture_of_experts, (*_expert_sizes(i, a), _size(i, "shared_down", 1))
-    ),
     "ClampedSwiGLU": lambda i, a: Kernel(swiglu, (_size(i, "gate", 2), a["limit"])),
     "EngramHash": lambda i, a: Kernel(
         engram_hash, (_size(i, "multipliers", 0), _size(i, "primes", 0), a["pad_id"])
@@ -134,22 +130,42 @@ _CUSTOM: dict[str, Callable[[Inputs, Attributes], Kernel]] = {
 }  # fmt: skip
 
 
+_EXPERTS: dict[str, Callable[[Inputs, Attributes], Kernel]] = {
+    "GroupedExperts": lambda i, a: Kernel(grouped_experts, _expert_sizes(i, a)),
+    "MixtureOfExperts": lambda i, a: Kernel(
+        mixture_of_experts, (*_expert_sizes(i, a), _size(i, "shared_down", 1))
+    ),
+}  # fmt: skip
+"""Kernels whose last argument is whether the target has AVX512-VNNI."""
+
+
 class CPUKernels:
-    """CPU kernels for the importer."""
+    """CPU kernels for the importer.
+
+    Args:
+        vnni: whether the code may use AVX512-VNNI, for products with quantised weights.
+    """
+
+    def __init__(self, vnni: bool = False) -> None:
+        self.vnni = vnni
 
     def custom(self, op: CustomOp, inputs: Sequence[TensorSpec], attributes: Attributes) -> Kernel:
+        named = dict(zip(op.inputs, inputs, strict=True))
+        if op.name in _EXPERTS:
+            kernel = _EXPERTS[op.name](named, attributes)
+            return Kernel(kernel.factory, (*kernel.arguments, self.vnni))
         if op.name not in _CUSTOM:
             raise UnsupportedError(f"operator {op.name}: no CPU kernel")
-        return _CUSTOM[op.name](dict(zip(op.inputs, inputs, strict=True)), attributes)
+        return _CUSTOM[op.name](named, attributes)
 
     def linear(self, sizes: tuple[int, ...], k: int, dtype: str, norm_eps: float | None) -> Kernel:
-        return Kernel(merged_linear, (sizes, k, dtype, norm_eps))
+        return Kernel(merged_linear, (sizes, k, dtype, norm_eps, self.vnni))
 
     def linear_unpacked(self, n: int, k: int, dtype: str) -> Kernel:
         return Kernel(linear_unpacked, (n, k, dtype))
 
     def grouped_linear(self, groups: int, n: int, k: int, dtype: str) -> Kernel:
-        return Kernel(grouped_linear, (groups, n, k, dtype))
+        return Kernel(grouped_linear, (groups, n, k, dtype, self.vnni))
 
     def rms_norm(self, width: int, eps: float, weighted: bool) -> Kernel:
         return Kernel(rms_norm, (width, eps, weighted))

@@ -2,31 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import ml_dtypes
 import numpy as np
 
 from v4c.custom_ops import TensorSpec
-from v4c.passes.relax.layouts import Layout, WeightSpec
+from v4c.errors import UnsupportedError
+from v4c.passes.relax.layouts import PRODUCT_LAYOUTS, Layout, WeightSpec
 
-from .kernels.packing import PANEL, pack_gate_up, pack_rows, packed_gate_up_shape, packed_shape, panels
+from .kernels.packing import pack_gate_up, pack_rows, packed_gate_up_shape, packed_shape
+from .kernels.quant_packing import (
+    QUANTISED,
+    quant_pack_gate_up,
+    quant_pack_rows,
+    quant_packed_gate_up_shape,
+    quant_packed_shape,
+)
 
 _BY_ROWS = (Layout.LINEAR, Layout.ROUTER, Layout.EXPERTS_DOWN)
 _NUMPY = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "int64": np.int64}
 
+_Shape = Callable[[tuple[int, ...]], tuple[int, ...]]
+_Packing = Callable[[np.ndarray], np.ndarray]
+
 
 def packed(weight: WeightSpec) -> TensorSpec:
     """Shape and dtype of a weight after `pack`."""
+    if weight.dtype in QUANTISED:
+        bits = _bits(weight)
+        by_rows, gate_up = partial(quant_packed_shape, bits=bits), partial(quant_packed_gate_up_shape, bits=bits)
+        return TensorSpec(_packed_shape(weight, by_rows, gate_up), "uint8")
+    return TensorSpec(_packed_shape(weight, packed_shape, packed_gate_up_shape), weight.dtype)
+
+
+def _bits(weight: WeightSpec) -> int:
+    """Bits per element of a quantised weight."""
+    if weight.layout not in PRODUCT_LAYOUTS:
+        raise UnsupportedError(
+            f"weight {weight.name}: expected the matrix of a product for {weight.dtype}, found layout {weight.layout}"
+        )
+    return QUANTISED[weight.dtype]
+
+
+def _packed_shape(weight: WeightSpec, by_rows: _Shape, gate_up: _Shape) -> tuple[int, ...]:
+    """Shape of a packed weight, `by_rows` and `gate_up` the shapes of the two packings."""
     shape = weight.shape
     if weight.layout == Layout.LINEAR_KN:
-        shape = packed_shape((shape[1], shape[0]))
-    elif weight.layout == Layout.GROUPED_LINEAR:
-        shape = packed_shape((weight.groups, shape[0] // weight.groups, shape[1]))
-    elif weight.layout == Layout.GATE_UP:
-        shape = packed_gate_up_shape(shape)
-    elif weight.layout in _BY_ROWS:
-        count = sum(panels(rows) for rows in weight.sizes) if weight.parts else panels(shape[-2])
-        shape = (*shape[:-2], count, shape[-1], PANEL)
-    return TensorSpec(shape, weight.dtype)
+        return by_rows((shape[1], shape[0]))
+    if weight.layout == Layout.GROUPED_LINEAR:
+        return by_rows((weight.groups, shape[0] // weight.groups, shape[1]))
+    if weight.layout == Layout.GATE_UP:
+        return gate_up(shape)
+    if weight.layout in _BY_ROWS:
+        if not weight.parts:
+            return by_rows(shape)
+        parts = [by_rows((rows, shape[-1])) for rows in weight.sizes]
+        return (sum(part[0] for part in parts), *parts[0][1:])
+    return shape
 
 
 def pack(weight: WeightSpec, array: np.ndarray) -> np.ndarray:
@@ -36,15 +70,22 @@ def pack(weight: WeightSpec, array: np.ndarray) -> np.ndarray:
         weight: what it is. Every part of a merged projection starts a panel of its own.
         array: of shape ``weight.shape`` and any float dtype (or int64).
     """
-    array = array.astype(_NUMPY[weight.dtype], copy=False)
+    if weight.dtype in QUANTISED:
+        bits = _bits(weight)
+        return _packed(weight, array, partial(quant_pack_rows, bits=bits), partial(quant_pack_gate_up, bits=bits))
+    return _packed(weight, array.astype(_NUMPY[weight.dtype], copy=False), pack_rows, pack_gate_up)
+
+
+def _packed(weight: WeightSpec, array: np.ndarray, by_rows: _Packing, gate_up: _Packing) -> np.ndarray:
+    """A weight packed, `by_rows` and `gate_up` the two packings."""
     if weight.layout == Layout.LINEAR_KN:
-        return pack_rows(array.T)
+        return by_rows(array.T)
     if weight.layout == Layout.GROUPED_LINEAR:
-        return pack_rows(array.reshape(weight.groups, -1, array.shape[1]))
+        return by_rows(array.reshape(weight.groups, -1, array.shape[1]))
     if weight.layout == Layout.GATE_UP:
-        return pack_gate_up(array)
+        return gate_up(array)
     if weight.layout in _BY_ROWS:
         if not weight.parts:
-            return pack_rows(array)
-        return np.concatenate([pack_rows(a) for a in np.split(array, np.cumsum(weight.sizes)[:-1])])
+            return by_rows(array)
+        return np.concatenate([by_rows(a) for a in np.split(array, np.cumsum(weight.sizes)[:-1])])
     return np.ascontiguousarray(array)

@@ -31,6 +31,15 @@ def test_a_packed_weight_counts_as_it_lies() -> None:
     assert cost.flops == 2 * 3 * 10 * 32
 
 
+@pytest.mark.parametrize(("bits", "block"), [(8, 1088), (4, 576)])
+def test_quantised_weights_count_by_number_and_by_bytes(bits: int, block: int) -> None:
+    """64 outputs of 96 inputs: two panels of three groups, each with 32 scales and 1024 weights."""
+    assert block == 2 * 32 + 1024 * bits // 8
+    cost = cost_of("MatMul", [spec(1, 96), spec(2, 3, block, dtype="uint8")], [spec(1, 64)])
+    assert cost.flops == 2 * 64 * 96
+    assert cost.bytes == 4 * 96 + 2 * 3 * block + 4 * 64
+
+
 def test_blocks_on_the_diagonal_meet_their_own_part_of_the_input() -> None:
     cost = cost_of(GROUPED_PRODUCT, [spec(3, 2, 10), spec(2, 5, 10)], [spec(3, 2, 5)])
     assert cost.flops == 2 * 3 * 2 * 5 * 10

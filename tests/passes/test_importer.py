@@ -278,3 +278,53 @@ def test_packed_shape_and_dtype_are_what_packing_gives(layout: Layout, dtype: st
     assert array.shape == tuple(packed(spec).shape)
     assert array.dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
     assert packed(spec).dtype == dtype
+
+
+COMPRESS = {
+    "kv": ["batch", "chunk", 8], "gate": ["batch", "chunk", 8], "bias": [4, 8], "norm": [8], "inv_freq": [2],
+    "state_kv": ["batch", 4, 8], "state_gate": ["batch", 4, 8], "rows": ["batch", "rows4", 8], "positions": ["batch"],
+    "lengths": ["batch"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_a_function_returns_state_only_where_its_update_would_be_dead_code(read: bool) -> None:
+    """State is updated in the caller's memory; what only updates state must stay alive through what it returns."""
+    state = ["new_kv", "new_gate", "new_rows"]
+    body = [
+        helper.make_node("KVCompress", list(COMPRESS), state, domain="v4c", ratio=4, eps=1e-6),
+        helper.make_node("Neg" if read else "Identity", ["new_rows" if read else "kv"], ["y"]),
+    ]
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("v4c", 1)]
+    local = helper.make_function("local", "Layer", list(COMPRESS), ["y", *state], body, opsets)
+    call = helper.make_node("Layer", list(COMPRESS), ["out", *(f"present_{s}" for s in state)], domain="local")
+    tail = node("Neg", ["out"], "logits")
+    integers = {"positions", "lengths"}
+    inputs = [
+        helper.make_tensor_value_info(n, TensorProto.INT64 if n in integers else TensorProto.FLOAT, s)
+        for n, s in COMPRESS.items()
+    ]
+    outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("logits", *call.output[1:])]
+    model = helper.make_model(
+        helper.make_graph([call, tail], "g", inputs, outputs), opset_imports=[*opsets, helper.make_opsetid("local", 1)],
+        functions=[local], ir_version=11,
+    )  # fmt: skip
+    module, _ = import_model(model, {})
+    (layer,) = (f for v, f in module.functions.items() if v.name_hint == "main_Layer")
+    returned = layer.ret_ty.fields
+    assert len(returned) == (1 if read else 3)  # y is what was handed in, too, where it is kv itself
+    assert len(module["main"].ret_ty.fields) == 4
+    if read:
+        rng = np.random.default_rng()
+        arrays = {
+            n: rng.standard_normal([{"batch": 2, "chunk": 3, "rows4": 5}.get(str(d), d) for d in s]).astype(np.float32)
+            for n, s in COMPRESS.items() if n not in integers
+        }  # fmt: skip
+        arrays |= {"positions": np.array([0, 2]), "lengths": np.array([3, 3])}
+        held = {n: tvm.runtime.tensor(a) for n, a in arrays.items()}
+        target = tvm.target.Target("llvm")
+        built = relax.build(module, target=target, relax_pipeline=relax_pipeline(target, PassOptions()))
+        results = relax.VirtualMachine(built, tvm.cpu())["main"](*held.values())
+        np.testing.assert_array_equal(results[1].numpy(), held["state_kv"].numpy())
+        assert not np.array_equal(held["state_kv"].numpy(), arrays["state_kv"]), "updated in the caller's memory"
+        np.testing.assert_array_equal(held["state_kv"].numpy()[0, :3], arrays["kv"][0, :3])

@@ -22,6 +22,11 @@ def test_a_level_can_be_asked_for_whatever_the_machine(monkeypatch: pytest.Monke
     assert targets.find("cpu:generic").features == ()
 
 
+def test_only_a_level_with_vnni_gets_kernels_that_use_it() -> None:
+    assert {level for level in cpu.LEVELS if targets.find(f"cpu:{level}").kernels.vnni} == {"x86-64-v4-vnni"}
+    assert not targets.find("cpu:generic").kernels.vnni
+
+
 def test_another_architecture_gets_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu.platform, "machine", lambda: "aarch64")
     assert targets.find("cpu").name == "cpu:generic"

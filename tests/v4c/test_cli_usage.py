@@ -19,7 +19,7 @@ from tests.v4c.cli_harness import V4C, assert_one_line, invoke, shell
 from v4c.cli.console import Progress
 from v4c.frontend import presets
 
-COMMANDS = ("presets", "init", "export", "compile", "run", "verify", "inspect")
+COMMANDS = ("presets", "init", "export", "compile", "run", "verify", "bench", "inspect")
 
 
 def test_version_and_help_as_a_process() -> None:

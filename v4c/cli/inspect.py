@@ -71,7 +71,8 @@ def _onnx(description: dict[str, Any]) -> None:
 
 def _artifact(description: dict[str, Any]) -> None:
     keys = ("format_version", "v4c_version", "tvm_version", "target", "dtypes", "build", "has_weights", "tokenizer")
-    _pairs("artifact", {key: _text(description[key]) for key in keys})
+    notes = {key: note for key, note in description["build"].items() if key != "kernels"}  # one entry per kernel
+    _pairs("artifact", {key: _text((description | {"build": notes})[key]) for key in keys})
     _pairs("entry points", description["entry_points"])
     _bytes("files", description["files"])
     _tensors("caches", description["caches"])

@@ -15,6 +15,7 @@ import click
 
 from v4c.errors import Error
 
+from .bench import bench
 from .inspect import inspect
 from .interrupt import Terminated
 from .make import compile_command, export, init
@@ -94,7 +95,7 @@ def _usage(error: click.ClickException) -> str:
     cls=Root,
     no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    commands=[presets, init, export, compile_command, run, verify, inspect],
+    commands=[presets, init, export, compile_command, run, verify, bench, inspect],
 )
 @click.version_option(package_name="v4c", prog_name="v4c", message="%(prog)s %(version)s")
 @debug_option

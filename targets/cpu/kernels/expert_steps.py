@@ -13,7 +13,7 @@ from tvm.script import tirx as T
 
 from .common import VECTOR, clamped_swiglu
 from .packing import PANEL, panels
-from .panel_product import VECTORS, panel_product, row_blocks, sums_per_output
+from .panel_product import VECTORS, row_blocks
 
 
 @T.macro
@@ -63,38 +63,38 @@ def place_shared(count, tokens, scales):
 
 
 @T.macro
-def gathered_product(sums, x, tokens, place, weight, at, k, height):
-    """`panel_product` of panel `at` with the rows of `x` that `height` places from `place` stand for."""
+def gathered_product(sums, x, tokens, place, weight, at, stored, height, cold):
+    """The product of panel `at` with the rows of `x` that `height` places from `place` stand for."""
     token = T.alloc_buffer((height,), "int64")
     for r in T.unroll(height):
         token[r] = tokens[place + r]
-    panel_product(sums, x, token, weight, at, T.int64(0), T.int64(k), height, sums_per_output(height, k))
+    stored.multiply(sums, x, token, weight, at, T.int64(0), T.int64(stored.steps), height, cold)
 
 
 @T.macro
-def hidden_panel(x, gate_up, at, tokens, hidden, panel, first, count, d, limit):
+def hidden_panel(x, gate_up, at, tokens, hidden, panel, first, count, stored, limit):
     """Panel `panel` of the hidden rows of `count` places from `first`: ``swiglu(x @ gate.T, x @ up.T)``.
 
     Args:
-        x: ``[tokens, d]`` float32.
-        gate_up: ``[panels, d, PANEL]`` float32 or bfloat16; panel `at` holds the gate rows, the next the up rows.
+        x: ``[tokens, d]`` float32, or such rows quantised.
+        gate_up: packed panels; panel `at` holds the gate rows, the next the up rows.
         tokens: the token of each place.
         hidden: ``[places, width]`` float32, written; its width is a multiple of PANEL.
-        d, limit: static.
+        stored, limit: static; the format of `gate_up`.
     """
 
     @T.inline
     def gate_block(place, height):
-        gate = T.alloc_buffer((height * sums_per_output(height, d) * VECTORS, VECTOR), "float32")
-        gathered_product(gate, x, tokens, place, gate_up, at, d, height)
+        gate = T.alloc_buffer((stored.sums(height), VECTOR), "float32")
+        gathered_product(gate, x, tokens, place, gate_up, at, stored, height, place == first)
         for a in T.unroll(height * VECTORS):
             for v in T.vectorized(VECTOR):
                 hidden[place + a // VECTORS, panel * PANEL + a % VECTORS * VECTOR + v] = gate[a, v]
 
     @T.inline
     def up_block(place, height):
-        up = T.alloc_buffer((height * sums_per_output(height, d) * VECTORS, VECTOR), "float32")
-        gathered_product(up, x, tokens, place, gate_up, at + 1, d, height)
+        up = T.alloc_buffer((stored.sums(height), VECTOR), "float32")
+        gathered_product(up, x, tokens, place, gate_up, at + 1, stored, height, place == first)
         for a in T.unroll(height * VECTORS):
             for v in T.vectorized(VECTOR):
                 hidden[place + a // VECTORS, panel * PANEL + a % VECTORS * VECTOR + v] = clamped_swiglu(
@@ -107,25 +107,25 @@ def hidden_panel(x, gate_up, at, tokens, hidden, panel, first, count, d, limit):
 
 
 @T.macro
-def output_panel(hidden, down, at, tokens, scales, y, panel, first, count, d, f):
+def output_panel(hidden, down, at, tokens, scales, y, panel, first, count, d, stored):
     """Add panel `panel` of the outputs of `count` places from `first` to `y`: ``scale * (hidden @ down.T)``.
 
     Args:
-        hidden: ``[places, width]`` float32, of which the first f columns count.
-        down: ``[panels, f, PANEL]`` float32 or bfloat16, of which panel `at` counts.
+        hidden: ``[places, width]`` float32, of which the first columns count, or such rows quantised.
+        down: packed panels, of which panel `at` counts.
         tokens, scales: the token and the weight of each place.
         y: ``[tokens, d]`` float32, added to.
-        d, f: static.
+        d, stored: static; the format of `down`.
     """
 
     @T.inline
     def block(place, height):
-        sums = T.alloc_buffer((height * sums_per_output(height, f) * VECTORS, VECTOR), "float32")
+        sums = T.alloc_buffer((stored.sums(height), VECTOR), "float32")
         row = T.alloc_buffer((height,), "int64")
         line = T.alloc_buffer((PANEL,), "float32")
         for r in T.unroll(height):
             row[r] = place + r
-        panel_product(sums, hidden, row, down, at, T.int64(0), T.int64(f), height, sums_per_output(height, f))
+        stored.multiply(sums, hidden, row, down, at, T.int64(0), T.int64(stored.steps), height, place == first)
         for r in T.unroll(height):
             token: T.int64 = tokens[place + r]
             scale: T.float32 = scales[place + r]
@@ -147,25 +147,25 @@ def output_panel(hidden, down, at, tokens, scales, y, panel, first, count, d, f)
 
 
 @T.macro
-def routed_hidden(x, gate_up, active, starts, tokens, hidden, panel, experts, d, f, limit):
+def routed_hidden(x, gate_up, active, starts, tokens, hidden, panel, experts, f, stored, limit):
     """Panel `panel` of the hidden rows of every expert in use; `gate_up` holds the panels of all experts."""
     for a in range(active[experts]):
         expert: T.int64 = active[a]
         first: T.int64 = starts[expert]
         count: T.int64 = starts[expert + 1] - first
         at: T.int64 = (expert * panels(f) + panel) * 2
-        hidden_panel(x, gate_up, at, tokens, hidden, panel, first, count, d, limit)
+        hidden_panel(x, gate_up, at, tokens, hidden, panel, first, count, stored, limit)
 
 
 @T.macro
-def routed_output(hidden, down, active, starts, tokens, scales, y, panel, experts, d, f):
+def routed_output(hidden, down, active, starts, tokens, scales, y, panel, experts, d, stored):
     """Add panel `panel` of the outputs of every expert in use; `down` holds the panels of all experts."""
     for a in range(active[experts]):
         expert: T.int64 = active[a]
         first: T.int64 = starts[expert]
         count: T.int64 = starts[expert + 1] - first
         at: T.int64 = expert * panels(d) + panel
-        output_panel(hidden, down, at, tokens, scales, y, panel, first, count, d, f)
+        output_panel(hidden, down, at, tokens, scales, y, panel, first, count, d, stored)
 
 
 @T.macro

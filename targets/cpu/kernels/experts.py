@@ -22,10 +22,11 @@ from .expert_steps import (
     sort_by_expert,
 )
 from .packing import PANEL, panels
+from .weight_formats import each_row, quantise_rows, weight_format
 
 
 def grouped_experts(
-    experts: int, d: int, f: int, top_k: int, limit: float, weight_dtype: str = "float32"
+    experts: int, d: int, f: int, top_k: int, limit: float, weight_dtype: str = "float32", vnni: bool = False
 ) -> tvm.tirx.PrimFunc:
     """``y = sum_k weights_k * down(silu(min(gate, limit)) * clip(up, -limit, limit))`` (V4 paper, section 2.1).
 
@@ -35,13 +36,17 @@ def grouped_experts(
         f: width of an expert.
         top_k: experts per token.
         limit: the model's ``swiglu_limit``.
-        weight_dtype: ``float32`` or ``bfloat16`` (widened in registers; sums are float32).
+        weight_dtype: ``float32`` or ``bfloat16`` (widened in registers; sums are float32), or ``int8`` or ``int4``
+            (`quant_packing`; the rows of x and the hidden rows are quantised to 8 bits).
+        vnni: whether the target has AVX512-VNNI; of no account for float weights.
 
     Returns:
         PrimFunc of x ``[B, S, d]`` float32, weights ``[B, S, top_k]`` float32, indices ``[B, S, top_k]`` int64 (one
-        outside [0, E) stands for no expert), gate_up ``[E, 2 ceil(f / PANEL), d, PANEL]`` from `pack_gate_up`, down
-        ``[E, ceil(d / PANEL), f, PANEL]`` from `pack_rows`, y ``[B, S, d]`` float32.
+        outside [0, E) stands for no expert), gate_up ``[E, 2 ceil(f / PANEL), panel]`` from `pack_gate_up` or
+        `quant_pack_gate_up`, down ``[E, ceil(d / PANEL), panel]`` from `pack_rows` or `quant_pack_rows` (`panel` is the
+        format's ``panel_shape``), y ``[B, S, d]`` float32.
     """
+    by_d, by_f = (weight_format(k, weight_dtype, vnni) for k in (d, f))
     f_panels = panels(f)
     d_panels = panels(d)
 
@@ -55,16 +60,14 @@ def grouped_experts(
         x_bsd = T.match_buffer(x_, (b, s, T.int64(d)), "float32")
         weights_bsk = T.match_buffer(weights_, (b, s, T.int64(top_k)), "float32")
         indices_bsk = T.match_buffer(indices_, (b, s, T.int64(top_k)), "int64")
-        gate_up_e = T.match_buffer(
-            gate_up_, (T.int64(experts), T.int64(2 * f_panels), T.int64(d), T.int64(PANEL)), weight_dtype
-        )
-        down_e = T.match_buffer(down_, (T.int64(experts), T.int64(d_panels), T.int64(f), T.int64(PANEL)), weight_dtype)
+        gate_up_e = T.match_buffer(gate_up_, (T.int64(experts), T.int64(2 * f_panels), *by_d.panel_shape), by_d.dtype)
+        down_e = T.match_buffer(down_, (T.int64(experts), T.int64(d_panels), *by_f.panel_shape), by_f.dtype)
         y_bsd = T.match_buffer(y_, (b, s, T.int64(d)), "float32")
         x = x_bsd.view(b * s, T.int64(d))
         weights = weights_bsk.view(b * s, T.int64(top_k))
         indices = indices_bsk.view(b * s, T.int64(top_k))
-        gate_up = gate_up_e.view(T.int64(experts * 2 * f_panels), T.int64(d), T.int64(PANEL))
-        down = down_e.view(T.int64(experts * d_panels), T.int64(f), T.int64(PANEL))
+        gate_up = gate_up_e.view(T.int64(experts * 2 * f_panels), *by_d.panel_shape)
+        down = down_e.view(T.int64(experts * d_panels), *by_f.panel_shape)
         y = y_bsd.view(b * s, T.int64(d))
 
         starts = T.alloc_buffer((T.int64(experts + 1),), "int64")
@@ -74,29 +77,35 @@ def grouped_experts(
         hidden = T.alloc_buffer((b * s * top_k, T.int64(f_panels * PANEL)), "float32")
         sort_by_expert(indices, weights, b * s, T.int64(0), starts, active, tokens, scales, experts, top_k)
 
+        inputs = by_d.inputs(x, b * s)
+        hidden_inputs = by_f.inputs(hidden, b * s * top_k)
+        quantise_rows(by_d, x, inputs, b * s, d)
         for panel in T.parallel(T.int64(f_panels)):
-            routed_hidden(x, gate_up, active, starts, tokens, hidden, panel, experts, d, f, limit)
+            routed_hidden(inputs, gate_up, active, starts, tokens, hidden, panel, experts, f, by_d, limit)
+        quantise_rows(by_f, hidden, hidden_inputs, starts[experts], f)
         for panel in T.parallel(T.int64(d_panels)):
             clear_panel(y, b * s, panel, d)
-            routed_output(hidden, down, active, starts, tokens, scales, y, panel, experts, d, f)
+            routed_output(hidden_inputs, down, active, starts, tokens, scales, y, panel, experts, d, by_f)
 
     return grouped_experts
 
 
 def mixture_of_experts(
-    experts: int, d: int, f: int, top_k: int, limit: float, weight_dtype: str, shared_f: int
+    experts: int, d: int, f: int, top_k: int, limit: float, weight_dtype: str, shared_f: int, vnni: bool = False
 ) -> tvm.tirx.PrimFunc:
     """`grouped_experts` plus a shared expert of the same kind that every token passes through (V4 paper, section 2.1).
 
     Args:
-        experts, d, f, top_k, limit, weight_dtype: as for `grouped_experts`.
+        experts, d, f, top_k, limit, weight_dtype, vnni: as for `grouped_experts`.
         shared_f: G, width of the shared expert.
 
     Returns:
         PrimFunc of x, weights, indices, gate_up and down as in `grouped_experts`, shared_gate_up
-        ``[2 ceil(G / PANEL), d, PANEL]`` from `pack_gate_up`, shared_down ``[ceil(d / PANEL), G, PANEL]`` from
-        `pack_rows`, y ``[B, S, d]`` float32.
+        ``[2 ceil(G / PANEL), panel]`` and shared_down ``[ceil(d / PANEL), panel]``, packed as gate_up and down,
+        y ``[B, S, d]`` float32.
     """
+    by_d, by_f, by_g = (weight_format(k, weight_dtype, vnni) for k in (d, f, shared_f))
+    widest = by_f if f > shared_f else by_g
     f_panels = panels(f)
     g_panels = panels(shared_f)
     tasks = max(f_panels, g_panels)
@@ -119,20 +128,16 @@ def mixture_of_experts(
         x_bsd = T.match_buffer(x_, (b, s, T.int64(d)), "float32")
         weights_bsk = T.match_buffer(weights_, (b, s, T.int64(top_k)), "float32")
         indices_bsk = T.match_buffer(indices_, (b, s, T.int64(top_k)), "int64")
-        gate_up_e = T.match_buffer(
-            gate_up_, (T.int64(experts), T.int64(2 * f_panels), T.int64(d), T.int64(PANEL)), weight_dtype
-        )
-        down_e = T.match_buffer(down_, (T.int64(experts), T.int64(d_panels), T.int64(f), T.int64(PANEL)), weight_dtype)
-        shared_gate_up = T.match_buffer(
-            shared_gate_up_, (T.int64(2 * g_panels), T.int64(d), T.int64(PANEL)), weight_dtype
-        )
-        shared_down = T.match_buffer(shared_down_, (T.int64(d_panels), T.int64(shared_f), T.int64(PANEL)), weight_dtype)
+        gate_up_e = T.match_buffer(gate_up_, (T.int64(experts), T.int64(2 * f_panels), *by_d.panel_shape), by_d.dtype)
+        down_e = T.match_buffer(down_, (T.int64(experts), T.int64(d_panels), *by_f.panel_shape), by_f.dtype)
+        shared_gate_up = T.match_buffer(shared_gate_up_, (T.int64(2 * g_panels), *by_d.panel_shape), by_d.dtype)
+        shared_down = T.match_buffer(shared_down_, (T.int64(d_panels), *by_g.panel_shape), by_g.dtype)
         y_bsd = T.match_buffer(y_, (b, s, T.int64(d)), "float32")
         x = x_bsd.view(b * s, T.int64(d))
         weights = weights_bsk.view(b * s, T.int64(top_k))
         indices = indices_bsk.view(b * s, T.int64(top_k))
-        gate_up = gate_up_e.view(T.int64(experts * 2 * f_panels), T.int64(d), T.int64(PANEL))
-        down = down_e.view(T.int64(experts * d_panels), T.int64(f), T.int64(PANEL))
+        gate_up = gate_up_e.view(T.int64(experts * 2 * f_panels), *by_d.panel_shape)
+        down = down_e.view(T.int64(experts * d_panels), *by_f.panel_shape)
         y = y_bsd.view(b * s, T.int64(d))
 
         starts = T.alloc_buffer((T.int64(experts + 1),), "int64")
@@ -143,19 +148,32 @@ def mixture_of_experts(
         place_shared(b * s, tokens, scales)
         sort_by_expert(indices, weights, b * s, b * s, starts, active, tokens, scales, experts, top_k)
 
+        inputs = by_d.inputs(x, b * s)
+        hidden_inputs = widest.inputs(hidden, b * s * (top_k + 1))
+        quantise_rows(by_d, x, inputs, b * s, d)
         # The panels of both are spread over the tasks evenly: a thread's share of tasks is its share of the work.
         for task in T.parallel(T.int64(tasks)):
             first: T.int64 = task * g_panels // tasks
             for more in range((task + 1) * g_panels // tasks - first):
                 shared: T.int64 = first + more
-                hidden_panel(x, shared_gate_up, shared * 2, tokens, hidden, shared, T.int64(0), b * s, d, limit)
+                hidden_panel(inputs, shared_gate_up, shared * 2, tokens, hidden, shared, T.int64(0), b * s, by_d, limit)
             routed_first: T.int64 = task * f_panels // tasks
             for more in range((task + 1) * f_panels // tasks - routed_first):
                 panel: T.int64 = routed_first + more
-                routed_hidden(x, gate_up, active, starts, tokens, hidden, panel, experts, d, f, limit)
+                routed_hidden(inputs, gate_up, active, starts, tokens, hidden, panel, experts, f, by_d, limit)
+
+        @T.inline
+        def quantise_hidden(place):
+            if place < b * s:
+                by_g.quantise(hidden, hidden_inputs, place)
+            else:
+                by_f.quantise(hidden, hidden_inputs, place)
+
+        if widest.quantised:
+            each_row(quantise_hidden, starts[experts], max(f, shared_f))
         for panel in T.parallel(T.int64(d_panels)):
             clear_panel(y, b * s, panel, d)
-            output_panel(hidden, shared_down, panel, tokens, scales, y, panel, T.int64(0), b * s, d, shared_f)
-            routed_output(hidden, down, active, starts, tokens, scales, y, panel, experts, d, f)
+            output_panel(hidden_inputs, shared_down, panel, tokens, scales, y, panel, T.int64(0), b * s, d, by_g)
+            routed_output(hidden_inputs, down, active, starts, tokens, scales, y, panel, experts, d, by_f)
 
     return mixture_of_experts

@@ -20,11 +20,9 @@ from tvm.script import tirx as T
 
 from .common import VECTOR
 from .packing import PANEL, panels
-from .panel_product import ROW_BLOCK, VECTORS, panel_product, row_blocks, sums_per_output
+from .panel_product import ROW_BLOCK, VECTORS, row_blocks
 from .rms_norm import row_norm
-
-K_BLOCK = 1024
-"""Columns per reduction block: 128 KiB of a float32 panel, which stays in a core's L2 cache."""
+from .weight_formats import FloatFormat, QuantFormat, each_row, quantise_rows, weight_format
 
 ROWS_PER_TASK = 256
 INPUTS_PER_TASK = 1 << 20
@@ -34,41 +32,41 @@ NARROW_PANELS = 16
 NARROW_ROWS_PER_TASK = 32
 """Outputs of fewer than `NARROW_PANELS` panels are shared out among the threads by rows as well."""
 
-SERIAL_NORM_INPUTS = 1 << 14
-"""Rows of together up to this many elements are normalised by one thread: starting the others would take longer."""
 
-
-def linear(n: int, k: int, weight_dtype: str = "float32") -> tvm.tirx.PrimFunc:
-    """``y = x @ weight.T`` with `weight` ``[n, k]`` packed by `pack_rows`.
+def linear(n: int, k: int, weight_dtype: str = "float32", vnni: bool = False) -> tvm.tirx.PrimFunc:
+    """``y = x @ weight.T`` with `weight` ``[n, k]`` packed by `pack_rows` or `quant_pack_rows`.
 
     Args:
         n: outputs; any positive number.
         k: inputs.
-        weight_dtype: ``float32`` or ``bfloat16`` (widened in registers; sums are float32).
+        weight_dtype, vnni: as for `merged_linear`.
 
     Returns:
-        PrimFunc of x ``[rows, k]`` float32, weight ``[ceil(n / PANEL), k, PANEL]``, y ``[rows, n]`` float32.
+        PrimFunc of x ``[rows, k]`` float32, weight ``[ceil(n / PANEL), panel]``, y ``[rows, n]`` float32.
     """
-    return merged_linear((n,), k, weight_dtype)
+    return merged_linear((n,), k, weight_dtype, None, vnni)
 
 
 def merged_linear(
-    sizes: Sequence[int], k: int, weight_dtype: str = "float32", norm_eps: float | None = None
+    sizes: Sequence[int], k: int, weight_dtype: str = "float32", norm_eps: float | None = None, vnni: bool = False
 ) -> tvm.tirx.PrimFunc:
     """``y_i = x @ weight_i.T`` for several weights `[sizes[i], k]`, or the same of ``x``'s RMS norm.
 
     Args:
         sizes: outputs of each part; any positive numbers.
         k: inputs.
-        weight_dtype: ``float32`` or ``bfloat16`` (widened in registers; sums are float32).
+        weight_dtype: ``float32`` or ``bfloat16`` (widened in registers; sums are float32), or ``int8`` or ``int4``
+            (`quant_packing`; rows are quantised to 8 bits).
         norm_eps: if given, ``x / sqrt(mean(x**2) + norm_eps) * norm`` takes the place of ``x``.
+        vnni: whether the target has AVX512-VNNI; of no account for float weights.
 
     Returns:
         PrimFunc of x ``[rows, k]`` float32, norm ``[k]`` float32 if `norm_eps` is given, weight
-        ``[sum of ceil(sizes[i] / PANEL), k, PANEL]`` (each part packed by `pack_rows`, one after the other), then
-        y_i ``[rows, sizes[i]]`` float32 for every part.
+        ``[sum of ceil(sizes[i] / PANEL), panel]`` (each part packed by `pack_rows` or `quant_pack_rows`, one after the
+        other; `panel` is the format's ``panel_shape``), then y_i ``[rows, sizes[i]]`` float32 for every part.
     """
-    project = projection(sizes, k)
+    stored = weight_format(k, weight_dtype, vnni)
+    project = projection(sizes, k, stored=stored)
     total = sum(panels(n) for n in sizes)
 
     def match_outputs(rows):
@@ -83,9 +81,11 @@ def merged_linear(
             T.func_attr({"tirx.noalias": True})
             rows = T.int64()
             x = T.match_buffer(x_, (rows, T.int64(k)), "float32")
-            weight = T.match_buffer(weight_, (T.int64(total), T.int64(k), T.int64(PANEL)), weight_dtype)
+            weight = T.match_buffer(weight_, (T.int64(total), *stored.panel_shape), stored.dtype)
             y = match_outputs(rows)
-            project(x, weight, y, rows)
+            inputs = stored.inputs(x, rows)
+            quantise_rows(stored, x, inputs, rows, k)
+            project(inputs, weight, y, rows)
 
         return merged_linear
 
@@ -97,26 +97,33 @@ def merged_linear(
         rows = T.int64()
         x = T.match_buffer(x_, (rows, T.int64(k)), "float32")
         norm = T.match_buffer(norm_, (T.int64(k),), "float32")
-        weight = T.match_buffer(weight_, (T.int64(total), T.int64(k), T.int64(PANEL)), weight_dtype)
+        weight = T.match_buffer(weight_, (T.int64(total), *stored.panel_shape), stored.dtype)
         y = match_outputs(rows)
         scaled = T.alloc_buffer((rows, T.int64(k)), "float32")
-        if rows <= SERIAL_NORM_INPUTS // k:
-            for row in range(rows):
-                norm_row(x, norm, scaled, row)
-        else:
-            for row in T.parallel(rows):
-                norm_row(x, norm, scaled, row)
-        project(scaled, weight, y, rows)
+        inputs = stored.inputs(scaled, rows)
+
+        @T.inline
+        def prepare(row):
+            norm_row(x, norm, scaled, row)
+            if stored.quantised:
+                stored.quantise(scaled, inputs, row)
+
+        each_row(prepare, rows, k)
+        project(inputs, weight, y, rows)
 
     return norm_merged_linear
 
 
-def projection(sizes: Sequence[int], k: int, groups: int = 1) -> Callable:
+def projection(
+    sizes: Sequence[int], k: int, groups: int = 1, stored: FloatFormat | QuantFormat | None = None
+) -> Callable:
     """A macro ``project(x, weight, y, rows)``: the loops of a projection into parts, in `groups` independent blocks.
 
-    The macro takes x ``[rows * groups, k]``, weight ``[groups * sum of ceil(sizes[i] / PANEL), k, PANEL]`` and a list
-    y of ``[rows * groups, sizes[i]]``; the groups of one token are neighbours.
+    The macro takes x ``[rows * groups, k]``, weight ``[groups * sum of ceil(sizes[i] / PANEL), panel]`` and a list y of
+    ``[rows * groups, sizes[i]]``; the groups of one token are neighbours. `stored` is the format of the weights, by
+    default of float ones; if it is quantised, so is x.
     """
+    stored = stored or FloatFormat(k, "float32")
     ends = list(accumulate(panels(n) for n in sizes))
     count = ends[-1]
     total = groups * count
@@ -137,11 +144,11 @@ def projection(sizes: Sequence[int], k: int, groups: int = 1) -> Callable:
                 body(part, (panel - start) * PANEL, n)
 
     @T.macro
-    def store(sums, y, row_at, column, n, start, height):
+    def store(sums, y, row_at, column, n, reduction, height):
         for r in T.unroll(height):
             if column + PANEL <= n:
                 for c in T.unroll(VECTORS):
-                    if start == 0:
+                    if reduction == 0:
                         for v in T.vectorized(VECTOR):
                             y[row_at[r], column + c * VECTOR + v] = sums[r * VECTORS + c, v]
                     else:
@@ -156,23 +163,24 @@ def projection(sizes: Sequence[int], k: int, groups: int = 1) -> Callable:
                     for v in T.vectorized(VECTOR):
                         line[c * VECTOR + v] = sums[r * VECTORS + c, v]
                 for c in range(n % PANEL):
-                    if start == 0:
+                    if reduction == 0:
                         y[row_at[r], column + c] = line[c]
                     else:
                         y[row_at[r], column + c] = y[row_at[r], column + c] + line[c]
 
     @T.macro
-    def block(x, weight, y, panel, start, row, height):
-        sums = T.alloc_buffer((height * sums_per_output(height, k) * VECTORS, VECTOR), "float32", scope="local")
+    def block(x, weight, y, panel, reduction, row, height, cold):
+        sums = T.alloc_buffer((stored.sums(height), VECTOR), "float32", scope="local")
         row_at = T.alloc_buffer((height,), "int64", scope="local")
         for r in T.unroll(height):
             row_at[r] = (row + r) * groups + panel // count
-        stop: T.int64 = T.min(start + K_BLOCK, T.int64(k))
-        panel_product(sums, x, row_at, weight, panel, start, stop, height, sums_per_output(height, k))
+        start: T.int64 = reduction * stored.block
+        stop: T.int64 = T.min(start + stored.block, T.int64(stored.steps))
+        stored.multiply(sums, x, row_at, weight, panel, start, stop, height, cold)
 
         @T.inline
         def store_part(part, column, n):
-            store(sums, y[part], row_at, column, n, start, height)
+            store(sums, y[part], row_at, column, n, reduction, height)
 
         part_of(panel % count, store_part)
 
@@ -182,11 +190,11 @@ def projection(sizes: Sequence[int], k: int, groups: int = 1) -> Callable:
             first: T.int64 = task // total * rows_per_task
             height: T.int64 = T.min(rows - first, rows_per_task)
             panel: T.int64 = task % total
-            for reduction in range(T.int64(-(-k // K_BLOCK))):
+            for reduction in range(T.int64(-(-stored.steps // stored.block))):
 
                 @T.inline
                 def rows_of_panel(row, size):
-                    block(x, weight, y, panel, reduction * K_BLOCK, row, size)
+                    block(x, weight, y, panel, reduction, row, size, row == first)
 
                 row_blocks(rows_of_panel, first, height)
 
