@@ -108,10 +108,10 @@ class Importer:
         alone = [v for v in (*graph.inputs, *graph.initializers.values()) if v.name in taken]
         weights = [(v, self._weight_spec(v, consumers)) for v in (*alone, *(n.outputs[0] for n in self._merges.parts))]
         constants = {str(v.name): v for v in graph.initializers.values() if v.name not in self.weight_names}
-        for node in nodes:
-            if self._is_call(node):
-                self._private(node, dims, f"{name}_{node.op_type}")
         border = max((i for i, n in enumerate(nodes) if self._is_call(n)), default=0)
+        for index, node in enumerate(nodes):
+            if self._is_call(node):
+                self._private(node, own if index < border else dims, f"{name}_{node.op_type}")
         # A stored weight that is cast is a weight on both sides of the border, not a value that crosses it.
         casts = [n for n in nodes if n.op_type == "Cast" and origin(n.outputs[0]).name in self.weight_names]
         layers = _Section.of(nodes[:border], nodes[border:], casts, weights, list(graph.outputs))
