@@ -6,6 +6,7 @@ scratch is independent of how many rows there are. The steps are inlined into th
 """
 
 # mypy: ignore-errors
+# ruff: noqa: B023
 # (TVMScript: names and loops below are parsed by TVM, not run by Python.)
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from tvm.script import tirx as T
 from .common import exp, vector_width
 from .rope import fill_angles, rotate_row
 
-PANEL = 64
-"""Rows per panel: 128 KiB at the published width of 512."""
-_ROW_TILE = 16  # rows whose scores are accumulated at once: 16 vectors of heads, half of AVX-512's registers
+_ROW_TILE = 13  # rows whose scores are accumulated at once, a vector of heads each: up to ACCUMULATORS
+PANEL = 5 * _ROW_TILE
+"""Rows per panel: 130 KiB at the published width of 512. A window of 128 rows is two panels."""
 _ENOUGH_TOKENS = 8  # from here on a work item is a token, so that its rows are copied once for all heads
-_HEAD_TILE = 4  # heads times column vectors of the weighted sum: 16 accumulators for 8 loads
+_HEAD_TILE = 4  # heads times four column vectors of the weighted sum: 16 accumulators for 8 loads
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,11 @@ class Tiles:
 
 
 def tiles(heads: int, width: int) -> Tiles:
-    """Blocks of up to 16 heads, at least two of them where the heads allow, so that one token feeds two threads."""
+    """Blocks of up to 16 heads, as many as make whole vectors.
+
+    Blocks of half a vector, to feed two threads with one token of few heads, take more than twice the time.
+    """
     block = vector_width(heads)
-    if block == heads and block > 1:
-        block //= 2
     lanes = vector_width(width)
     return Tiles(heads, width, block, min(_HEAD_TILE, block), lanes, min(4, vector_width(width // lanes)))
 
@@ -106,6 +108,17 @@ def copy_raw_row(
         copy_row(tile, panel, r, kv, i, t - p)
     else:
         copy_row(tile, panel, r, window, i, t % T.int64(window_size))
+
+
+def _accumulators(tile: Tiles) -> list[Any]:
+    """Sums of a tile, ``[head_tile, lanes]`` per column vector: together they would not stay on the stack."""
+    return [T.alloc_buffer((tile.head_tile, tile.lanes), "float32", scope="local") for _ in range(tile.vectors)]
+
+
+def _each_vector(tile: Tiles, body: Any, before: tuple[Any, ...], column: Any) -> None:
+    """``body(*before, u, its first column)`` for every column vector u of a tile, in Python: u picks a buffer."""
+    for u in range(tile.vectors):
+        body(*before, u, column + T.int64(u * tile.lanes))
 
 
 @T.inline
@@ -163,22 +176,32 @@ def attend(
     # Weighted sum. A strip of columns stays in L1 over the heads.
     for strip in range(T.int64(tile.width // (tile.lanes * tile.vectors))):
         for group in range(T.int64(tile.head_block // tile.head_tile)):
-            acc = T.alloc_buffer((tile.head_tile, tile.vectors, tile.lanes), "float32", scope="local")
             h: T.let = group * T.int64(tile.head_tile)
-            c: T.let = strip * T.int64(tile.lanes * tile.vectors)
+            column: T.let = strip * T.int64(tile.lanes * tile.vectors)
+            acc = _accumulators(tile)
+
+            @T.inline
+            def begin(a, u, at):
+                for v in T.vectorized(tile.lanes):
+                    acc[u][a, v] = out[i, j, first_head + h + a, at + v] * shrink[h + a]
+
+            @T.inline
+            def add(r, a, u, at):
+                for v in T.vectorized(tile.lanes):
+                    acc[u][a, v] = acc[u][a, v] + scores[r, h + a] * panel[r, at + v]
+
+            @T.inline
+            def end(a, u, at):
+                for v in T.vectorized(tile.lanes):
+                    out[i, j, first_head + h + a, at + v] = acc[u][a, v]
+
             for a in T.unroll(tile.head_tile):
-                for u in T.unroll(tile.vectors):
-                    for v in T.vectorized(tile.lanes):
-                        acc[a, u, v] = out[i, j, first_head + h + a, c + u * tile.lanes + v] * shrink[h + a]
+                _each_vector(tile, begin, (a,), column)
             for r in range(count):
                 for a in T.unroll(tile.head_tile):
-                    for u in T.unroll(tile.vectors):
-                        for v in T.vectorized(tile.lanes):
-                            acc[a, u, v] = acc[a, u, v] + scores[r, h + a] * panel[r, c + u * tile.lanes + v]
+                    _each_vector(tile, add, (r, a), column)
             for a in T.unroll(tile.head_tile):
-                for u in T.unroll(tile.vectors):
-                    for v in T.vectorized(tile.lanes):
-                        out[i, j, first_head + h + a, c + u * tile.lanes + v] = acc[a, u, v]
+                _each_vector(tile, end, (a,), column)
 
 
 @T.inline

@@ -17,13 +17,12 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from .common import VECTOR, sum_lanes
+from .common import ACCUMULATORS, VECTOR, sum_lanes
 from .rope import fill_angles
 from .selection import LOWEST_KEY, buffer_size, key, prune, push, write_ranked
 
 _ITEMS = 16  # work items to make from few tokens: enough for the threads of a desktop, few enough to merge quickly
 _RANGE_ROWS = 512  # below this a range is not worth another transposition of the queries
-_ACCUMULATORS = 24  # vectors of AVX-512's 32 registers
 
 
 @T.inline
@@ -96,7 +95,7 @@ class Indexer:
     @property
     def tile(self) -> int:
         """Rows that are scored at once."""
-        return _ACCUMULATORS // self.vectors
+        return ACCUMULATORS // self.vectors
 
 
 @T.inline

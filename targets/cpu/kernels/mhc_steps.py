@@ -25,12 +25,12 @@ ROWS_PER_TASK = 16
 MIN_TASKS = 4
 """With fewer tasks than these, a task is cut into one for each stream, so that no thread is left without work."""
 
-ROW_BLOCK = 4
+ROW_BLOCK = 2
 """Tokens per register block."""
 
 OUTPUT_BLOCK = 6
 """Rows of `fn` per register block at most. All 24 at once would thrash: they lie a power of two apart, so in the same
-cache sets. Six by `ROW_BLOCK` fill 24 registers and fit an L1 of 12 ways."""
+cache sets. Six by `ROW_BLOCK` are as many sums as one buffer holds in registers, and fit an L1 of 12 ways."""
 
 SERIAL_ROWS = 2
 """Up to so many tokens, what is left to do per token takes about as long as to launch threads for it."""

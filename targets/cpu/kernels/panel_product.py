@@ -1,8 +1,8 @@
 """The inner product of every projection: a block of rows times one packed panel, accumulated in registers.
 
 `panel_product` is a TVMScript macro, expanded where a kernel uses it, so each kernel stays one PrimFunc. The block of
-rows is static: 8 rows times 32 outputs fill half of the AVX-512 registers and reuse each weight eight times, while one
-row spreads its sum over four accumulators per vector to cover the latency of the multiply-add.
+rows is static: 7 rows times 32 outputs are as many sums as one buffer can hold in registers and reuse each weight
+seven times, while one row spreads its sum over four accumulators per vector to cover the latency of the multiply-add.
 """
 
 # mypy: ignore-errors
@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from .common import VECTOR
+from .common import ACCUMULATORS, VECTOR
 from .packing import PANEL
 
 VECTORS = PANEL // VECTOR
 """Vectors per row of a panel."""
 
-ROW_BLOCK = 8
+ROW_BLOCK = ACCUMULATORS // VECTORS
 """Rows in the largest block; `row_blocks` does what remains in blocks of 4, 2 and 1."""
 
 
@@ -60,9 +60,11 @@ def row_blocks(block, first, count):
     """Call ``block(row, height)`` over `count` rows from `first`: blocks of `ROW_BLOCK`, then of 4, 2 and 1."""
     for i in range(count // ROW_BLOCK):
         block(first + i * ROW_BLOCK, ROW_BLOCK)
-    if count % 8 >= 4:
-        block(first + count // 8 * 8, 4)
-    if count % 4 >= 2:
-        block(first + count // 4 * 4, 2)
-    if count % 2 == 1:
-        block(first + count - 1, 1)
+    rest: T.int64 = first + count // ROW_BLOCK * ROW_BLOCK
+    left: T.int64 = count % ROW_BLOCK
+    if left >= 4:
+        block(rest, 4)
+    if left % 4 >= 2:
+        block(rest + left // 4 * 4, 2)
+    if left % 2 == 1:
+        block(rest + left - 1, 1)
