@@ -1,0 +1,1 @@
+"""The Ascend-style target: tile programs for Huawei's NPUs, compile-checked by bishengir and simulated on x86."""

@@ -1,0 +1,1 @@
+"""Generators of tile programs, one module per family of ops."""
