@@ -1,8 +1,8 @@
 """The three attention kernels of the CPU: sliding window, compressed sparse (CSA) and heavily compressed (HCA).
 
 They differ only in which compressed rows follow the raw ones, so they are one frame. A work item is a token, or, where
-tokens are too few to feed the threads, one block of its heads. The window rings are written last, in a loop of their
-own.
+tokens are too few to feed the threads, a share of the rows it sees. The window rings are written last, in a loop of
+their own.
 """
 
 # mypy: ignore-errors
@@ -13,7 +13,17 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from .attention_steps import attend_token, parts, tiles, write_window, zero
+from .attention_split import ENOUGH_TOKENS, SHARES, close_share, merge
+from .attention_steps import (
+    PANEL,
+    attend_rows,
+    finish,
+    rotate_back,
+    softmax_state,
+    tiles,
+    write_window,
+    zero,
+)
 
 
 def sliding_window_attention(heads: int, width: int, window_size: int, scale: float, rotary_width: int = 0) -> PrimFunc:
@@ -84,44 +94,78 @@ def _attention(
         lengths = T.match_buffer(lengths_, (b,), "int64")
         inv_freq = T.match_buffer(inv_freq_, (T.int64(half),), "float32")
         out = T.match_buffer(out_, (b, s, T.int64(heads), T.int64(width)), "float32")
-        split: T.let = parts(tile, b * s)
-        blocks: T.let = T.truncdiv(T.int64(tile.blocks), split)
 
         @T.inline
-        def attend_item(item):
-            i: T.let = T.truncdiv(T.truncmod(item, b * s), s)
-            j: T.let = T.truncmod(item, s)
-            first_head: T.let = T.truncdiv(item, b * s) * blocks * T.int64(tile.head_block)
-            if j < lengths[i]:
-                if top_k > 0:
-                    chosen = T.alloc_buffer((T.int64(top_k),), "int64")
-                    compressed: T.int64 = T.int64(0)
-                    for a in range(T.int64(top_k)):
-                        if indices[i, j, a] >= T.int64(0):
-                            chosen[compressed] = indices[i, j, a]
-                            compressed = compressed + T.int64(1)
-                else:
-                    chosen = T.meta_var(None)
-                    if ratio > 0:
-                        compressed: T.let = (positions[i] + j + T.int64(1)) // T.int64(ratio)
-                    else:
-                        compressed = T.meta_var(T.int64(0))
-                attend_token(
-                    tile, window_size, scale, half, q, kv, window, rows if has_rows else None, chosen,
-                    compressed, sinks, positions[i], inv_freq, out, i, j, first_head, blocks,
-                )  # fmt: skip
+        def attend_panels(i, j, parts, part, target, peak, total, at, sink):
+            """The `part`-th of `parts` parts of the panels of rows that token j of row i sees."""
+            if top_k > 0:
+                chosen = T.alloc_buffer((T.int64(top_k),), "int64")
+                compressed: T.int64 = T.int64(0)
+                for a in range(T.int64(top_k)):
+                    if indices[i, j, a] >= T.int64(0):
+                        chosen[compressed] = indices[i, j, a]
+                        compressed = compressed + T.int64(1)
             else:
-                zero(tile, out, i, j, first_head, blocks)
+                chosen = T.meta_var(None)
+                if ratio > 0:
+                    compressed: T.let = (positions[i] + j + T.int64(1)) // T.int64(ratio)
+                else:
+                    compressed = T.meta_var(T.int64(0))
+            seen: T.let = T.min(positions[i] + j + T.int64(1), T.int64(window_size)) + compressed
+            panels: T.let = (seen + T.int64(PANEL - 1)) // T.int64(PANEL)
+            attend_rows(
+                tile, window_size, scale, sink, q, kv, window, rows if has_rows else None, chosen, compressed, sinks,
+                positions[i], target, peak, total, i, j, at,
+                panels * part // T.int64(parts), panels * (part + T.int64(1)) // T.int64(parts),
+            )  # fmt: skip
 
-        if tile.blocks > 1:
+        if b * s < T.int64(ENOUGH_TOKENS):
+            partial = T.alloc_buffer((b, s * T.int64(SHARES), T.int64(heads), T.int64(width)), "float32")
+            peaks = T.alloc_buffer((b, s * T.int64(SHARES), T.int64(heads)), "float32")
+            totals = T.alloc_buffer((b, s * T.int64(SHARES), T.int64(heads)), "float32")
+            for item in T.parallel(b * s * T.int64(SHARES)):
+                i: T.let = T.truncdiv(item, s * T.int64(SHARES))
+                j: T.let = T.truncmod(item // T.int64(SHARES), s)
+                if j < lengths[i]:
+                    peak, total = softmax_state(tile)
+                    at: T.let = j * T.int64(SHARES) + item % T.int64(SHARES)
+                    attend_panels(i, j, SHARES, item % T.int64(SHARES), partial, peak, total, at, 0)
+                    close_share(tile, peak, total, peaks, totals, i, at)
+
+            @T.inline
+            def merge_block(item):
+                i: T.let = T.truncdiv(item, s * T.int64(tile.blocks))
+                j: T.let = T.truncmod(item // T.int64(tile.blocks), s)
+                first: T.let = item % T.int64(tile.blocks) * T.int64(tile.head_block)
+                if j < lengths[i]:
+                    for h in range(T.int64(tile.head_block)):
+                        merge(tile, partial, peaks, totals, sinks, out, i, j, first + h)
+                    if half > 0:
+                        rotate_back(tile, half, inv_freq, positions[i] + j, out, i, j, first, tile.head_block)
+                else:
+                    zero(tile, out, i, j, first, tile.head_block)
+
+            if tile.blocks > 1:
+                for item in T.parallel(b * s * T.int64(tile.blocks)):
+                    merge_block(item)
+            else:  # too little to start threads for
+                for item in range(b * s):
+                    merge_block(item)
+        else:
             with T.attr(0, "pragma_parallel_launch_point", 1):
                 # Every n-th item to a thread: later tokens see more rows, and so cost more.
                 with T.attr(0, "pragma_parallel_stride_pattern", 1):
-                    for item in T.parallel(split * b * s):
-                        attend_item(item)
-        else:  # TVM insists on a parallel loop behind the attributes, and one item (a single token) is none
-            for item in T.parallel(b * s):
-                attend_item(item)
+                    for item in T.parallel(b * s):
+                        i: T.let = T.truncdiv(item, s)
+                        j: T.let = T.truncmod(item, s)
+                        if j < lengths[i]:
+                            peak, total = softmax_state(tile)
+                            attend_panels(i, j, 1, T.int64(0), out, peak, total, j, 1)
+                            finish(tile, total, out, i, j)
+                            if half > 0:
+                                rotate_back(tile, half, inv_freq, positions[i] + j, out, i, j, T.int64(0), heads)
+                        else:
+                            zero(tile, out, i, j, T.int64(0), heads)
         write_window(tile, window_size, kv, window, positions, lengths, b)
 
     # Names that the body of this variant does not use are no parameters of it.

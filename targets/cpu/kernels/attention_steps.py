@@ -23,7 +23,6 @@ from .rope import fill_angles, rotate_row
 _ROW_TILE = 13  # rows whose scores are accumulated at once, a vector of heads each: up to ACCUMULATORS
 PANEL = 5 * _ROW_TILE
 """Rows per panel: 130 KiB at the published width of 512. A window of 128 rows is two panels."""
-_ENOUGH_TOKENS = 8  # from here on a work item is a token, so that its rows are copied once for all heads
 _HEAD_TILE = 4  # heads times four column vectors of the weighted sum: 16 accumulators for 8 loads
 
 
@@ -42,7 +41,7 @@ class Tiles:
 
     @property
     def blocks(self) -> int:
-        """Blocks of heads, and the most work items that one token is cut into."""
+        """Blocks of heads."""
         return self.heads // self.head_block
 
     @property
@@ -61,35 +60,35 @@ def tiles(heads: int, width: int) -> Tiles:
     return Tiles(heads, width, block, min(_HEAD_TILE, block), lanes, min(4, vector_width(width // lanes)))
 
 
-def parts(tile: Tiles, tokens: Expr) -> Expr:
-    """Work items per token, by how many tokens there are to feed the threads with."""
-    return T.if_then_else(tokens < T.int64(_ENOUGH_TOKENS), T.int64(tile.blocks), T.int64(1))
-
-
 @T.inline
 def start(
     tile: Tiles,
     scale: float,
     q: Any,
     sinks: Any,
+    sink: Any,
     out: Any,
     packed: Any,
     peak: Any,
     total: Any,
     i: Any,
     j: Any,
+    at: Any,
     g: Any,
-    first_head: Any,
 ) -> None:
-    """Transpose and scale the block's queries, zero its outputs, and open the softmax with the sink logit."""
+    """Transpose and scale the queries of block `g`, zero its outputs, and open the softmax with the sink logit or without.
+
+    Its maximum starts at the sink logit in any case; `sink` is 1 or 0, whether the sum does as well.
+    """
     for h in range(T.int64(tile.head_block)):
+        head: T.let = g * T.int64(tile.head_block) + h
         for c in range(T.int64(tile.width)):
-            packed[g, c, h] = q[i, j, first_head + h, c] * T.float32(scale)
+            packed[g, c, h] = q[i, j, head, c] * T.float32(scale)
         for c in range(T.int64(tile.width)):
-            out[i, j, first_head + h, c] = T.float32(0)
+            out[i, at, head, c] = T.float32(0)
     for v in T.vectorized(tile.head_block):
-        peak[g, v] = sinks[first_head + v]
-        total[g, v] = T.float32(1)
+        peak[g, v] = sinks[g * T.int64(tile.head_block) + v]
+        total[g, v] = T.float32(sink)
 
 
 @T.inline
@@ -132,11 +131,10 @@ def attend(
     out: Any,
     count: Any,
     i: Any,
-    j: Any,
+    at: Any,
     g: Any,
-    first_head: Any,
 ) -> None:
-    """Take the panel's first `count` rows into the running softmax and the outputs."""
+    """Take the panel's first `count` rows into the running softmax and the outputs ``out[i, at]`` of block `g`."""
     # Scores. The last tile may take in stale rows beyond `count`; their scores are never read.
     for tile_index in range((count + T.int64(_ROW_TILE - 1)) // T.int64(_ROW_TILE)):
         dot = T.alloc_buffer((_ROW_TILE, tile.head_block), "float32", scope="local")
@@ -177,23 +175,24 @@ def attend(
     for strip in range(T.int64(tile.width // (tile.lanes * tile.vectors))):
         for group in range(T.int64(tile.head_block // tile.head_tile)):
             h: T.let = group * T.int64(tile.head_tile)
+            head: T.let = g * T.int64(tile.head_block) + h
             column: T.let = strip * T.int64(tile.lanes * tile.vectors)
             acc = _accumulators(tile)
 
             @T.inline
-            def begin(a, u, at):
+            def begin(a, u, c):
                 for v in T.vectorized(tile.lanes):
-                    acc[u][a, v] = out[i, j, first_head + h + a, at + v] * shrink[h + a]
+                    acc[u][a, v] = out[i, at, head + a, c + v] * shrink[h + a]
 
             @T.inline
-            def add(r, a, u, at):
+            def add(r, a, u, c):
                 for v in T.vectorized(tile.lanes):
-                    acc[u][a, v] = acc[u][a, v] + scores[r, h + a] * panel[r, at + v]
+                    acc[u][a, v] = acc[u][a, v] + scores[r, h + a] * panel[r, c + v]
 
             @T.inline
-            def end(a, u, at):
+            def end(a, u, c):
                 for v in T.vectorized(tile.lanes):
-                    out[i, j, first_head + h + a, at + v] = acc[u][a, v]
+                    out[i, at, head + a, c + v] = acc[u][a, v]
 
             for a in T.unroll(tile.head_tile):
                 _each_vector(tile, begin, (a,), column)
@@ -205,34 +204,23 @@ def attend(
 
 
 @T.inline
-def finish(tile: Tiles, total: Any, out: Any, i: Any, j: Any, g: Any, first_head: Any) -> None:
-    """Divide the outputs by the softmax's denominator."""
-    inverse = T.alloc_buffer((tile.head_block,), "float32")
-    for v in T.vectorized(tile.head_block):
-        inverse[v] = T.float32(1) / total[g, v]
-    for h in range(T.int64(tile.head_block)):
-        for c in range(T.int64(tile.width)):
-            out[i, j, first_head + h, c] = out[i, j, first_head + h, c] * inverse[h]
-
-
-@T.inline
 def rotate_back(
-    tile: Tiles, half: int, inv_freq: Any, t: Any, out: Any, i: Any, j: Any, first_head: Any, blocks: Any
+    tile: Tiles, half: int, inv_freq: Any, t: Any, out: Any, i: Any, j: Any, first: Any, count: int
 ) -> None:
-    """Rotate the last ``2 * half`` dims of each head by ``-t * inv_freq``, while the outputs are in the cache."""
+    """Rotate the last ``2 * half`` dims of `count` heads from `first` by ``-t * inv_freq``, while the outputs are in the cache."""
     cosines = T.alloc_buffer((T.int64(half),), "float32")
     sines = T.alloc_buffer((T.int64(half),), "float32")
     fill_angles(inv_freq, t, cosines, sines, half)
-    for h in range(blocks * T.int64(tile.head_block)):
-        rotate_row(out, out, (i, j, first_head + h), cosines, sines, tile.width, half, -1.0)
+    for h in range(T.int64(count)):
+        rotate_row(out, out, (i, j, first + h), cosines, sines, tile.width, half, -1.0)
 
 
 @T.inline
-def attend_token(
+def attend_rows(
     tile: Tiles,
     window_size: int,
     scale: float,
-    half: int,
+    sink: int,
     q: Any,
     kv: Any,
     window: Any,
@@ -241,56 +229,68 @@ def attend_token(
     compressed: Any,
     sinks: Any,
     p: Any,
-    inv_freq: Any,
     out: Any,
+    peak: Any,
+    total: Any,
     i: Any,
     j: Any,
-    first_head: Any,
-    blocks: Any,
+    at: Any,
+    first: Any,
+    last: Any,
 ) -> None:
-    """`blocks` blocks of heads over the token's last raw rows, then over `compressed` compressed ones.
+    """All heads of a token over the panels from `first` to `last` of the rows it sees, into ``out[i, at]``.
 
-    `rows` is None where there are none; `chosen` lists the compressed rows, or is None where they are the first ones.
-    With `half` pairs in `inv_freq`, the outputs are rotated back by the token's position.
+    The token sees its last raw rows, then `compressed` compressed ones. `rows` is None where there are none; `chosen`
+    lists the compressed rows, or is None where they are the first ones. The outputs are not yet divided by `total`.
     """
     packed = T.alloc_buffer((T.int64(tile.blocks), T.int64(tile.width), T.int64(tile.head_block)), "float32")
     panel = T.alloc_buffer((T.int64(PANEL), T.int64(tile.pitch)), "float32")
     scores = T.alloc_buffer((T.int64(PANEL), T.int64(tile.head_block)), "float32")
-    peak = T.alloc_buffer((T.int64(tile.blocks), T.int64(tile.head_block)), "float32")
-    total = T.alloc_buffer((T.int64(tile.blocks), T.int64(tile.head_block)), "float32")
     t: T.let = p + j
     raw: T.let = T.min(t + T.int64(1), T.int64(window_size))
-    seen: T.let = raw + compressed
-    for g in range(blocks):
-        start(tile, scale, q, sinks, out, packed, peak, total, i, j, g, first_head + g * T.int64(tile.head_block))
-    for part in range((seen + T.int64(PANEL - 1)) // T.int64(PANEL)):
-        count: T.let = T.min(seen - part * T.int64(PANEL), T.int64(PANEL))
+    for g in range(T.int64(tile.blocks)):
+        start(tile, scale, q, sinks, sink, out, packed, peak, total, i, j, at, g)
+    for part in range(last - first):
+        top: T.let = (first + part) * T.int64(PANEL)
+        count: T.let = T.min(raw + compressed - top, T.int64(PANEL))
         for r in range(count):
-            at: T.let = part * T.int64(PANEL) + r
-            if at < raw:
-                copy_raw_row(tile, window_size, panel, r, kv, window, i, t + T.int64(1) - raw + at, p)
+            row: T.let = top + r
+            if row < raw:
+                copy_raw_row(tile, window_size, panel, r, kv, window, i, t + T.int64(1) - raw + row, p)
             elif rows is None:
                 pass
             elif chosen is None:
-                copy_row(tile, panel, r, rows, i, at - raw)
+                copy_row(tile, panel, r, rows, i, row - raw)
             else:
-                copy_row(tile, panel, r, rows, i, chosen[at - raw])
-        for g in range(blocks):
-            attend(
-                tile, packed, panel, scores, peak, total, out, count, i, j, g, first_head + g * T.int64(tile.head_block)
-            )
-    for g in range(blocks):
-        finish(tile, total, out, i, j, g, first_head + g * T.int64(tile.head_block))
-    if half > 0:
-        rotate_back(tile, half, inv_freq, t, out, i, j, first_head, blocks)
+                copy_row(tile, panel, r, rows, i, chosen[row - raw])
+        for g in range(T.int64(tile.blocks)):
+            attend(tile, packed, panel, scores, peak, total, out, count, i, at, g)
+
+
+def softmax_state(tile: Tiles) -> tuple[Any, Any]:
+    """Memory for each head's running maximum and sum."""
+    shape = (T.int64(tile.blocks), T.int64(tile.head_block))
+    return T.alloc_buffer(shape, "float32"), T.alloc_buffer(shape, "float32")
 
 
 @T.inline
-def zero(tile: Tiles, out: Any, i: Any, j: Any, first_head: Any, blocks: Any) -> None:
-    """Outputs of a padding token."""
-    for h in range(blocks * T.int64(tile.head_block)):
+def finish(tile: Tiles, total: Any, out: Any, i: Any, j: Any) -> None:
+    """Divide the outputs by the softmax's denominator."""
+    for g in range(T.int64(tile.blocks)):
+        for h in range(T.int64(tile.head_block)):
+            inverse: T.let = T.float32(1) / total[g, h]
+            for c in range(T.int64(tile.width)):
+                out[i, j, g * T.int64(tile.head_block) + h, c] = (
+                    out[i, j, g * T.int64(tile.head_block) + h, c] * inverse
+                )
+
+
+@T.inline
+def zero(tile: Tiles, out: Any, i: Any, j: Any, first: Any, count: int) -> None:
+    """Outputs of `count` heads from `first` of a padding token."""
+    for h in range(T.int64(count)):
         for c in range(T.int64(tile.width)):
-            out[i, j, first_head + h, c] = T.float32(0)
+            out[i, j, first + h, c] = T.float32(0)
 
 
 @T.inline
