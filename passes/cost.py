@@ -78,13 +78,17 @@ def weights_in(spec: Spec) -> int:
     return size(spec)
 
 
-def cost_of(op: str, inputs: Specs, outputs: Specs) -> Cost:
+def cost_of(op: str, inputs: Specs, outputs: Specs, capacity: int | None = None) -> Cost:
     """Cost of one call.
 
     Args:
         op: ONNX operator; unique over the domains.
         inputs, outputs: all dimensions known. State that is written in place stands among the inputs only, or in both.
+        capacity: tokens that the caches are made for. With it, and where `positions` has `values`, attention counts the
+            rows that each token sees; otherwise every token is taken to see a full window and all compressed rows.
     """
+    if op in _ATTENTION:
+        return _ATTENTION[op](inputs, outputs, capacity)
     return _RULES.get(op, _elementwise)(inputs, outputs)
 
 
@@ -154,31 +158,61 @@ def _hash_route(inputs: Specs, outputs: Specs) -> Cost:
     return Cost(_all([logits, ids]) + _rows_of(table, size(ids)) + _all(outputs))
 
 
-def _attend(q: Spec, keys: int, others: Specs) -> Cost:
-    """Every head of every token against `keys` rows that all heads share: scores and sum."""
+@dataclass(frozen=True)
+class _Rows:
+    """The rows that all tokens of a call see together (each token its own), and how many different ones those are."""
+
+    seen: int
+    different: int
+
+
+def _rows_seen(tokens: int, positions: Spec, window: int, rows: Spec | None, most: int, capacity: int | None) -> _Rows:
+    """Raw rows of the window and up to `most` finished compressed ones, over `tokens` tokens."""
+    held = int(rows.shape[1]) if rows is not None else 0
+    starts: Sequence[int] = getattr(positions, "values", ())
+    if capacity is None or not starts:
+        return _Rows(tokens * (window + min(most, held)), tokens * (window + min(most, held)))
+    ratio = max(1, round(capacity / held)) if held else 1
+    chunk = tokens // len(starts)
+    seen = different = 0
+    for start in starts:
+        known = np.arange(start + 1, start + chunk + 1)
+        ready = np.minimum(known // ratio, held)
+        seen += int(np.minimum(known, window).sum() + np.minimum(ready, most).sum())
+        different += min(start, window) + chunk + int(ready[-1])
+    return _Rows(seen, min(seen, different))
+
+
+def _attend(q: Spec, rows: _Rows, others: Specs) -> Cost:
+    """Every head of every token against the rows it sees, which all heads share: scores and sum."""
     heads, width = int(q.shape[2]), int(q.shape[3])
-    return Cost(_all([q, q, *others]) + 4.0 * keys * width * _tokens(q), 4.0 * _tokens(q) * heads * keys * width)
+    return Cost(_all([q, q, *others]) + 4.0 * rows.different * width, 4.0 * heads * rows.seen * width)
 
 
-def _csa(inputs: Specs, outputs: Specs) -> Cost:
-    q, kv, window, _, indices, *rest = inputs
-    return _attend(q, int(window.shape[1]) + int(indices.shape[2]), [kv, indices, *rest])
+def _csa(inputs: Specs, outputs: Specs, capacity: int | None) -> Cost:
+    q, kv, window, rows, indices, _, positions, *rest = inputs
+    seen = _rows_seen(_tokens(q), positions, int(window.shape[1]), rows, int(indices.shape[2]), capacity)
+    return _attend(q, seen, [kv, indices, *rest])
 
 
-def _hca(inputs: Specs, outputs: Specs) -> Cost:
-    q, kv, window, rows, *rest = inputs
-    return _attend(q, int(window.shape[1]) + int(rows.shape[1]), [kv, *rest])
+def _hca(inputs: Specs, outputs: Specs, capacity: int | None) -> Cost:
+    q, kv, window, rows, _, positions, *rest = inputs
+    seen = _rows_seen(_tokens(q), positions, int(window.shape[1]), rows, int(rows.shape[1]), capacity)
+    return _attend(q, seen, [kv, *rest])
 
 
-def _sliding(inputs: Specs, outputs: Specs) -> Cost:
-    q, kv, window, *rest = inputs
-    return _attend(q, int(window.shape[1]), [kv, *rest])
+def _sliding(inputs: Specs, outputs: Specs, capacity: int | None) -> Cost:
+    q, kv, window, _, positions, *rest = inputs
+    return _attend(q, _rows_seen(_tokens(q), positions, int(window.shape[1]), None, 0, capacity), [kv, *rest])
 
 
-def _index(inputs: Specs, outputs: Specs) -> Cost:
+def _index(inputs: Specs, outputs: Specs, capacity: int | None) -> Cost:
     """Every index head against every ready row."""
-    q, weights, rows, *rest = inputs
-    return Cost(_all([q, weights, rows, *rest]) + _all(outputs), 2.0 * size(q) * int(rows.shape[1]))
+    q, weights, rows, positions, *rest = inputs
+    seen = _rows_seen(_tokens(q), positions, 0, rows, int(rows.shape[1]), capacity)
+    read = min(seen.different, _tokens(rows)) * nbytes(rows) / _tokens(rows) if _tokens(rows) else 0.0
+    heads, width = int(q.shape[2]), int(q.shape[3])
+    return Cost(_all([q, weights, *rest]) + read + _all(outputs), 2.0 * heads * width * seen.seen)
 
 
 def _compress(inputs: Specs, outputs: Specs) -> Cost:
@@ -226,14 +260,6 @@ _RULES: dict[str, Callable[[Specs, Specs], Cost]] = {
     "HashRouter": _hash_router,
     "TopKRouter": _router,
     "HashRoute": _hash_route,
-    "CompressedSparseAttention": _csa,
-    "DerotatedCSA": _csa,
-    "HeavilyCompressedAttention": _hca,
-    "DerotatedHCA": _hca,
-    "SlidingWindowAttention": _sliding,
-    "DerotatedSlidingAttention": _sliding,
-    "LightningIndex": _index,
-    "RotaryLightningIndex": _index,
     "KVCompress": _compress,
     "KVCompressPair": _compress_pair,
     "MHCPre": _mhc,
@@ -243,4 +269,15 @@ _RULES: dict[str, Callable[[Specs, Specs], Cost]] = {
     "MHCPostPreNorm": _mhc,
     "EngramHash": _engram_hash,
     "EngramGateConv": _engram_gate_conv,
+}
+
+_ATTENTION: dict[str, Callable[[Specs, Specs, int | None], Cost]] = {
+    "CompressedSparseAttention": _csa,
+    "DerotatedCSA": _csa,
+    "HeavilyCompressedAttention": _hca,
+    "DerotatedHCA": _hca,
+    "SlidingWindowAttention": _sliding,
+    "DerotatedSlidingAttention": _sliding,
+    "LightningIndex": _index,
+    "RotaryLightningIndex": _index,
 }

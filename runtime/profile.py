@@ -10,14 +10,20 @@ from dataclasses import dataclass
 from time import perf_counter_ns
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from v4c.runtime.session import Session
+
+_FEW = 64
+"""Up to so many integers of a vector are noted: positions and lengths of rows."""
 
 
 class Argument(NamedTuple):
-    """Shape and dtype of a tensor that was passed."""
+    """Shape and dtype of a tensor that was passed, and its elements if it is a short vector of integers."""
 
     shape: tuple[int, ...]
     dtype: str
+    values: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,4 +85,10 @@ class Recorder:
     def _note(self, function: Any, name: str, before: bool, result: Any, *arguments: Any) -> None:
         if before:
             tensors = (a for a in arguments if hasattr(a, "shape") and hasattr(a, "dtype"))
-            self._arguments.append(tuple(Argument(tuple(t.shape), str(t.dtype)) for t in tensors))
+            self._arguments.append(tuple(_argument(tensor) for tensor in tensors))
+
+
+def _argument(tensor: Any) -> Argument:
+    shape, dtype = tuple(int(size) for size in tensor.shape), str(tensor.dtype)
+    short = dtype == "int64" and len(shape) == 1 and shape[0] <= _FEW
+    return Argument(shape, dtype, tuple(np.from_dlpack(tensor).tolist()) if short else ())

@@ -167,7 +167,7 @@ def measure(work: Work, kernels: Kernels, profile: bool) -> Measured:
     calls = recorder.take()
     recorder.record_arguments()
     _step(work, watched)
-    made = launches(calls, recorder.take_arguments(), kernels)
+    made = launches(calls, recorder.take_arguments(), kernels, work.session.max_context)
     recorder.record_times()
     times, profiled_times, profiled = [], [], []
     for _ in range(work.rounds):

@@ -37,13 +37,18 @@ class Launch:
     cost: Cost
 
 
-def launches(calls: Sequence[Call], arguments: Sequence[Sequence[Argument]], kernels: Kernels) -> list[Launch]:
-    """The calls of kernels among the `calls` of a step, whose arguments a step like it was given."""
+def launches(
+    calls: Sequence[Call], arguments: Sequence[Sequence[Argument]], kernels: Kernels, capacity: int | None = None
+) -> list[Launch]:
+    """The calls of kernels among the `calls` of a step, whose arguments a step like it was given.
+
+    `capacity` is that of the session's caches, in tokens.
+    """
     found = []
     for index, (call, given) in enumerate(zip(calls, arguments, strict=True)):
         if call.name in kernels:
             op, inputs = kernels[call.name]
-            found.append(Launch(index, call.name, op, cost_of(op, given[:inputs], given[inputs:])))
+            found.append(Launch(index, call.name, op, cost_of(op, given[:inputs], given[inputs:], capacity)))
     return found
 
 

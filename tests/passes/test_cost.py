@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from v4c.custom_ops import OPS, TensorSpec
 from v4c.frontend import estimate
@@ -78,6 +81,40 @@ def test_a_whole_step_agrees_with_the_estimate(name: str) -> None:
 
 def test_every_op_has_a_cost_of_its_own_or_is_elementwise(tiny_engram: ModelConfig) -> None:
     """An op without a rule counts all its operands; that is right for these alone."""
-    from v4c.passes.cost import _RULES
+    from v4c.passes.cost import _ATTENTION, _RULES
 
-    assert set(OPS) - set(_RULES) == {"TrailingRope", "RotaryQueryKV", "TopKRoute", "ClampedSwiGLU"}
+    assert set(OPS) - set(_RULES) - set(_ATTENTION) == {"TrailingRope", "RotaryQueryKV", "TopKRoute", "ClampedSwiGLU"}
+
+
+class Positions(NamedTuple):
+    """A vector of positions whose values are known, as `v4c bench` notes it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    values: tuple[int, ...]
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=3), st.integers(1, 40), st.sampled_from([4, 32]))
+def test_attention_counts_the_rows_that_each_token_sees(starts: list[int], chunk: int, ratio: int) -> None:
+    batch, heads, width, window, top_k, capacity = len(starts), 3, 8, 16, 5, 512
+    positions = Positions((batch,), "int64", tuple(starts))
+    q, kv = spec(batch, chunk, heads, width), spec(batch, chunk, width)
+    ring, rows = spec(batch, window, width), spec(batch, capacity // ratio, width)
+    indices, sinks = spec(batch, chunk, top_k, dtype="int64"), spec(heads)
+    known = [start + j + 1 for start in starts for j in range(chunk)]
+    raw = sum(min(t, window) for t in known)
+
+    def flops(op: str, *inputs: Any) -> float:
+        return cost_of(op, [*inputs, positions, spec(batch, dtype="int64")], [q], capacity).flops
+
+    assert flops("SlidingWindowAttention", q, kv, ring, sinks) == 4 * heads * width * raw
+    chosen = sum(min(t // ratio, top_k) for t in known)
+    assert flops("CompressedSparseAttention", q, kv, ring, rows, indices, sinks) == 4 * heads * width * (raw + chosen)
+    ready = sum(t // ratio for t in known)
+    assert flops("HeavilyCompressedAttention", q, kv, ring, rows, sinks) == 4 * heads * width * (raw + ready)
+    assert flops("LightningIndex", q, spec(batch, chunk, heads), rows) == 2 * heads * width * ready
+
+
+def test_attention_without_known_positions_counts_full_windows() -> None:
+    inputs = [spec(1, 2, 3, 8), spec(1, 2, 8), spec(1, 16, 8), spec(3), spec(1, dtype="int64"), spec(1, dtype="int64")]
+    assert cost_of("SlidingWindowAttention", inputs, [spec(1, 2, 3, 8)]).flops == 4 * 2 * 3 * 16 * 8
