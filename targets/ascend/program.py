@@ -31,15 +31,22 @@ class Argument:
 
     Attributes:
         name: unique within the program.
-        shape: extents; a string names an extent that is known at launch and comes as an integer argument.
+        shape: extents; a string names an extent that is known at launch and comes as an integer argument, a polynomial
+            one that is computed from those, rounded up.
         dtype: NumPy or ml_dtypes name, such as ``float16``, ``bfloat16``, ``float8_e4m3fn``, ``int32``.
         role: read, written, or both.
     """
 
     name: str
-    shape: tuple[int | str, ...]
+    shape: tuple[int | str | Polynomial, ...]
     dtype: str
     role: Role
+
+    def extents(self, scalars: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of one launch."""
+        return tuple(
+            e if isinstance(e, int) else scalars[e] if isinstance(e, str) else math.ceil(e(scalars)) for e in self.shape
+        )
 
 
 @dataclass(frozen=True)
@@ -74,8 +81,23 @@ class Polynomial:
 
     terms: tuple[tuple[float, tuple[str, ...]], ...] = ()
 
+    @classmethod
+    def of(cls, number: float, *names: str) -> Polynomial:
+        """``number``, times the named scalars."""
+        return cls(((float(number), names),))
+
     def __call__(self, scalars: Mapping[str, int]) -> float:
         return sum(c * math.prod(scalars[name] for name in names) for c, names in self.terms)
+
+    def __add__(self, other: Polynomial) -> Polynomial:
+        total: dict[tuple[str, ...], float] = {}
+        for coefficient, names in (*self.terms, *other.terms):
+            total[names] = total.get(names, 0.0) + coefficient
+        return Polynomial(tuple((c, names) for names, c in total.items() if c))
+
+    def __mul__(self, other: Polynomial) -> Polynomial:
+        products = (Polynomial(((a * b, tuple(sorted((*m, *n)))),)) for a, m in self.terms for b, n in other.terms)
+        return sum(products, Polynomial())
 
 
 @dataclass(frozen=True)
@@ -102,8 +124,9 @@ class TileProgram:
         scalars: names of the integer arguments after the buffers, int32, in order; extents of `arguments` among them.
         grid: programs to launch, one entry per axis.
         workspace: bytes of global memory for its own use, per program of the grid.
-        reads, writes: bytes from and to global memory.
+        reads, writes: bytes from and to global memory, of the whole grid.
         cube, vector: multiply-adds of the cube, element operations of the vector unit.
+            These four are over the names that `launch` gives.
         notes: what a reader of the launch plan should know, such as a tail that is padded.
     """
 
@@ -120,3 +143,7 @@ class TileProgram:
     cube: Polynomial = Polynomial()
     vector: Polynomial = Polynomial()
     notes: tuple[str, ...] = ()
+
+    def launch(self, scalars: Mapping[str, int]) -> dict[str, int]:
+        """`scalars`, and as ``grid0``, ``grid1``, ... the programs along each axis: what the costs are over."""
+        return {**scalars, **{f"grid{i}": axis(scalars) for i, axis in enumerate(self.grid)}}
