@@ -1,6 +1,7 @@
 """Which CPU kernel stands for which op: the importer's `Kernels` protocol, answered from the shapes of the inputs.
 
-One line per op picks the static sizes a kernel factory needs; everything else about a kernel is in `kernels/`.
+One line per op picks the static sizes a kernel factory needs; how its work is cut follows from these and the x86-64
+level (`scheduling`); everything else about a kernel is in `kernels/`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from .kernels.rotary_query_kv import rotary_query_kv
 from .kernels.routers import hash_router, topk_router
 from .kernels.routes import hash_route, topk_route
 from .kernels.swiglu import swiglu
+from .levels import has_vnni
+from .scheduling import Scheduler
+from .tuning_database import TuningDatabase
 
 Inputs = Mapping[str, TensorSpec]
 Attributes = Mapping[str, Any]
@@ -143,29 +147,31 @@ class CPUKernels:
     """CPU kernels for the importer.
 
     Args:
-        vnni: whether the code may use AVX512-VNNI, for products with quantised weights.
+        level: x86-64 level of the code, or ``generic``.
+        tuning: schedules to prefer to those that come with v4c.
     """
 
-    def __init__(self, vnni: bool = False) -> None:
-        self.vnni = vnni
+    def __init__(self, level: str = "x86-64-v4", tuning: TuningDatabase | None = None) -> None:
+        self.vnni = has_vnni(level)
+        self.scheduler = Scheduler(level, tuning)
 
     def custom(self, op: CustomOp, inputs: Sequence[TensorSpec], attributes: Attributes) -> Kernel:
         named = dict(zip(op.inputs, inputs, strict=True))
         if op.name in _EXPERTS:
             kernel = _EXPERTS[op.name](named, attributes)
-            return Kernel(kernel.factory, (*kernel.arguments, self.vnni))
+            return self.scheduler.scheduled(Kernel(kernel.factory, (*kernel.arguments, self.vnni)))
         if op.name not in _CUSTOM:
             raise UnsupportedError(f"operator {op.name}: no CPU kernel")
-        return _CUSTOM[op.name](named, attributes)
+        return self.scheduler.scheduled(_CUSTOM[op.name](named, attributes))
 
     def linear(self, sizes: tuple[int, ...], k: int, dtype: str, norm_eps: float | None) -> Kernel:
-        return Kernel(merged_linear, (sizes, k, dtype, norm_eps, self.vnni))
+        return self.scheduler.scheduled(Kernel(merged_linear, (sizes, k, dtype, norm_eps, self.vnni)))
 
     def linear_unpacked(self, n: int, k: int, dtype: str) -> Kernel:
-        return Kernel(linear_unpacked, (n, k, dtype))
+        return self.scheduler.scheduled(Kernel(linear_unpacked, (n, k, dtype)))
 
     def grouped_linear(self, groups: int, n: int, k: int, dtype: str) -> Kernel:
-        return Kernel(grouped_linear, (groups, n, k, dtype, self.vnni))
+        return self.scheduler.scheduled(Kernel(grouped_linear, (groups, n, k, dtype, self.vnni)))
 
     def rms_norm(self, width: int, eps: float, weighted: bool) -> Kernel:
         return Kernel(rms_norm, (width, eps, weighted))

@@ -10,9 +10,9 @@ import numpy as np
 
 from v4c.custom_ops import TensorSpec
 from v4c.errors import UnsupportedError
-from v4c.passes.relax.layouts import PRODUCT_LAYOUTS, Layout, WeightSpec
+from v4c.passes.relax.layouts import PRODUCT_LAYOUTS, TABLE_LAYOUTS, Layout, WeightSpec
 
-from .kernels.packing import pack_gate_up, pack_rows, packed_gate_up_shape, packed_shape
+from .kernels.packing import PANEL, pack_gate_up, pack_rows, packed_gate_up_shape, packed_shape
 from .kernels.quant_packing import (
     QUANTISED,
     quant_pack_gate_up,
@@ -61,6 +61,20 @@ def _packed_shape(weight: WeightSpec, by_rows: _Shape, gate_up: _Shape) -> tuple
         parts = [by_rows((rows, shape[-1])) for rows in weight.sizes]
         return (sum(part[0] for part in parts), *parts[0][1:])
     return shape
+
+
+def pack_unit(weight: WeightSpec) -> int | None:
+    """Rows at whose multiples each tensor of a weight may be cut, so that its slices can be packed by themselves.
+
+    Packed slices one behind the other are the packed weight. None where it can be packed as a whole only.
+    """
+    if weight.layout == Layout.GROUPED_LINEAR:
+        return weight.shape[0] // weight.groups
+    if weight.layout in (Layout.GATE_UP, Layout.EXPERTS_DOWN) and len(weight.shape) == 3:
+        return 1
+    if weight.layout in _BY_ROWS and len(weight.shape) == 2:
+        return PANEL
+    return 1 if weight.layout in (Layout.PLAIN, *TABLE_LAYOUTS) else None
 
 
 def pack(weight: WeightSpec, array: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from v4c.targets.cpu.kernels.attention import (
     heavily_compressed_attention,
     sliding_window_attention,
 )
-from v4c.targets.cpu.kernels.attention_split import ENOUGH_TOKENS
+from v4c.targets.cpu.schedule import AttentionSchedule
 
 RATIO = 4
 TOP_K = 70  # with a window of rows, more than one panel
@@ -159,12 +159,12 @@ def test_chunks_agree_with_one_call(kind: str, config: Config) -> None:
     seq = sequence(config, 1, total, np.random.default_rng())
     empty = np.zeros((1, config.window, config.width), np.float32)
     whole, last = call(kind, config, seq, empty, np.array([0]), np.array([total]), total)
-    for size in (1, RATIO + 1, config.window + 1, ENOUGH_TOKENS + 3):
+    for size in (1, RATIO + 1, config.window + 1, AttentionSchedule().enough_tokens + 3):
         window = empty
         for at in range(0, total, size):
             n = min(size, total - at)
             out, window = call(kind, config, seq, window, np.array([at]), np.array([n]), n)
-            if n >= ENOUGH_TOKENS:
+            if n >= AttentionSchedule().enough_tokens:
                 np.testing.assert_array_equal(out[0], whole[0, at : at + n])
             else:
                 np.testing.assert_allclose(out[0], whole[0, at : at + n], rtol=1e-5, atol=1e-6)

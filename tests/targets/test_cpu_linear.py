@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.targets.cpu_harness import compiled, run
 from v4c.targets.cpu.kernels.grouped_linear import grouped_linear
-from v4c.targets.cpu.kernels.linear import ROWS_PER_TASK, linear
+from v4c.targets.cpu.kernels.linear import linear
 from v4c.targets.cpu.kernels.packing import (
     PANEL,
     pack_gate_up,
@@ -18,9 +18,11 @@ from v4c.targets.cpu.kernels.packing import (
     packed_gate_up_shape,
     packed_shape,
 )
-from v4c.targets.cpu.kernels.weight_formats import K_BLOCK
+from v4c.targets.cpu.schedule import ProductSchedule
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+ROWS_PER_TASK = ProductSchedule().rows_per_task
+K_BLOCK = ProductSchedule().block_bytes // (4 * PANEL)
 SEEDS = st.integers(0, 2**32 - 1)
 
 

@@ -10,12 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.targets.cpu_harness import compiled, run, target
-from v4c.targets.cpu.kernels.linear import ROWS_PER_TASK, linear, merged_linear
+from v4c.targets.cpu.kernels.linear import linear, merged_linear
 from v4c.targets.cpu.kernels.packing import PANEL, pack_rows
 from v4c.targets.cpu.kernels.rms_norm import rms_norm
-from v4c.targets.cpu.kernels.weight_formats import K_BLOCK, SERIAL_INPUTS
+from v4c.targets.cpu.kernels.weight_formats import SERIAL_INPUTS
+from v4c.targets.cpu.schedule import ProductSchedule
 
+ROWS_PER_TASK = ProductSchedule().rows_per_task
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+K_BLOCK = ProductSchedule().block_bytes // (4 * PANEL)
 LONG = 2 * K_BLOCK + 36
 SERIAL_ROWS = SERIAL_INPUTS // LONG
 TEN_PARTS = (1, PANEL, 7, 2 * PANEL, PANEL - 1, PANEL + 1, 3, 3 * PANEL + 5, PANEL, 2)

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from tests.targets.cpu_harness import compiled, run
 from tests.targets.quantised_reference import BITS, VNNI, rounded
 from v4c.targets.cpu.kernels.grouped_linear import grouped_linear
-from v4c.targets.cpu.kernels.linear import ROWS_PER_TASK, linear, merged_linear
-from v4c.targets.cpu.kernels.quant_packing import GROUP, dequantised, quant_pack_rows
+from v4c.targets.cpu.kernels.linear import linear, merged_linear
+from v4c.targets.cpu.kernels.quant_packing import GROUP, block_bytes, dequantised, quant_pack_rows
 from v4c.targets.cpu.kernels.rms_norm import rms_norm
-from v4c.targets.cpu.kernels.weight_formats import SERIAL_INPUTS, QuantFormat
+from v4c.targets.cpu.kernels.weight_formats import SERIAL_INPUTS
+from v4c.targets.cpu.schedule import ProductSchedule
 
+ROWS_PER_TASK = ProductSchedule().rows_per_task
 SEEDS = st.integers(0, 2**32 - 1)
 LOOSE = {"int8": 0.012, "int4": 0.15}
 """Error of a product, of the norm of the result: about 1/127 of the largest of a group, and 1/8 for 4 bits."""
@@ -59,7 +61,7 @@ def test_linear_of_any_row_count(vnni: bool, rows: int, dtype: str, seed: int) -
 
 @pytest.mark.parametrize("dtype", sorted(BITS))
 def test_reduction_in_several_blocks_and_rows_in_several_tasks(vnni: bool, dtype: str) -> None:
-    k = QuantFormat(1, BITS[dtype], vnni).block * GROUP + 37
+    k = ProductSchedule().block_bytes // block_bytes(BITS[dtype]) * GROUP + 37
     rng = np.random.default_rng(k)
     weight = random_rows(rng, 33, k)
     for rows in (1, SERIAL_INPUTS // k + 1, ROWS_PER_TASK + 5):

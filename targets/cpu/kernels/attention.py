@@ -13,9 +13,9 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from .attention_split import ENOUGH_TOKENS, SHARES, close_share, merge
+from ..schedule import AttentionSchedule
+from .attention_split import close_share, merge
 from .attention_steps import (
-    PANEL,
     attend_rows,
     finish,
     rotate_back,
@@ -25,8 +25,13 @@ from .attention_steps import (
     zero,
 )
 
+DEFAULT = AttentionSchedule()
 
-def sliding_window_attention(heads: int, width: int, window_size: int, scale: float, rotary_width: int = 0) -> PrimFunc:
+
+def sliding_window_attention(
+    heads: int, width: int, window_size: int, scale: float, rotary_width: int = 0,
+    schedule: AttentionSchedule = DEFAULT,
+) -> PrimFunc:  # fmt: skip
     """Attention over the last `window_size` raw rows, the token's own included (V4 paper, section 2.3).
 
     Arguments of the PrimFunc, float32 unless noted: q ``[B, S, heads, width]``, kv ``[B, S, width]``, window
@@ -34,36 +39,39 @@ def sliding_window_attention(heads: int, width: int, window_size: int, scale: fl
     inv_freq ``[rotary_width / 2]``, out as q. With `rotary_width`, that many trailing dims of out are rotated back by
     the token's position. Outputs of padding tokens are zero.
     """
-    return _attention(heads, width, window_size, scale, rotary_width)
+    return _attention(heads, width, window_size, scale, rotary_width, schedule)
 
 
 def heavily_compressed_attention(
-    heads: int, width: int, window_size: int, ratio: int, scale: float, rotary_width: int = 0
-) -> PrimFunc:
+    heads: int, width: int, window_size: int, ratio: int, scale: float, rotary_width: int = 0,
+    schedule: AttentionSchedule = DEFAULT,
+) -> PrimFunc:  # fmt: skip
     """Attention over the raw window and every finished compressed row (HCA; V4 paper, section 2.3).
 
     Arguments of the PrimFunc: those of `sliding_window_attention`, with rows ``[B, N, width]`` after window. The token
     at position t sees rows ``w < (t + 1) // ratio``.
     """
-    return _attention(heads, width, window_size, scale, rotary_width, ratio=ratio)
+    return _attention(heads, width, window_size, scale, rotary_width, schedule, ratio=ratio)
 
 
 def compressed_sparse_attention(
-    heads: int, width: int, window_size: int, top_k: int, scale: float, rotary_width: int = 0
-) -> PrimFunc:
+    heads: int, width: int, window_size: int, top_k: int, scale: float, rotary_width: int = 0,
+    schedule: AttentionSchedule = DEFAULT,
+) -> PrimFunc:  # fmt: skip
     """Attention over the raw window and the compressed rows that the indexer chose (CSA; V4 paper, section 2.3).
 
     Arguments of the PrimFunc: those of `sliding_window_attention`, with rows ``[B, N, width]`` and indices
     ``[B, S, top_k]`` int64 (negative: no row) after window.
     """
-    return _attention(heads, width, window_size, scale, rotary_width, top_k=top_k)
+    return _attention(heads, width, window_size, scale, rotary_width, schedule, top_k=top_k)
 
 
 def _attention(
-    heads: int, width: int, window_size: int, scale: float, rotary_width: int, ratio: int = 0, top_k: int = 0
-) -> PrimFunc:
+    heads: int, width: int, window_size: int, scale: float, rotary_width: int, schedule: AttentionSchedule,
+    ratio: int = 0, top_k: int = 0,
+) -> PrimFunc:  # fmt: skip
     """The frame: the first rows with a `ratio`, chosen rows with a `top_k`, and no compressed rows with neither."""
-    tile = tiles(heads, width)
+    tile = tiles(heads, width, schedule)
     half = rotary_width // 2
     has_rows = ratio > 0 or top_k > 0
 
@@ -112,24 +120,24 @@ def _attention(
                 else:
                     compressed = T.meta_var(T.int64(0))
             seen: T.let = T.min(positions[i] + j + T.int64(1), T.int64(window_size)) + compressed
-            panels: T.let = (seen + T.int64(PANEL - 1)) // T.int64(PANEL)
+            panels: T.let = (seen + T.int64(tile.panel - 1)) // T.int64(tile.panel)
             attend_rows(
                 tile, window_size, scale, sink, q, kv, window, rows if has_rows else None, chosen, compressed, sinks,
                 positions[i], target, peak, total, i, j, at,
                 panels * part // T.int64(parts), panels * (part + T.int64(1)) // T.int64(parts),
             )  # fmt: skip
 
-        if b * s < T.int64(ENOUGH_TOKENS):
-            partial = T.alloc_buffer((b, s * T.int64(SHARES), T.int64(heads), T.int64(width)), "float32")
-            peaks = T.alloc_buffer((b, s * T.int64(SHARES), T.int64(heads)), "float32")
-            totals = T.alloc_buffer((b, s * T.int64(SHARES), T.int64(heads)), "float32")
-            for item in T.parallel(b * s * T.int64(SHARES)):
-                i: T.let = T.truncdiv(item, s * T.int64(SHARES))
-                j: T.let = T.truncmod(item // T.int64(SHARES), s)
+        if b * s < T.int64(schedule.enough_tokens):
+            partial = T.alloc_buffer((b, s * T.int64(tile.shares), T.int64(heads), T.int64(width)), "float32")
+            peaks = T.alloc_buffer((b, s * T.int64(tile.shares), T.int64(heads)), "float32")
+            totals = T.alloc_buffer((b, s * T.int64(tile.shares), T.int64(heads)), "float32")
+            for item in T.parallel(b * s * T.int64(tile.shares)):
+                i: T.let = T.truncdiv(item, s * T.int64(tile.shares))
+                j: T.let = T.truncmod(item // T.int64(tile.shares), s)
                 if j < lengths[i]:
                     peak, total = softmax_state(tile)
-                    at: T.let = j * T.int64(SHARES) + item % T.int64(SHARES)
-                    attend_panels(i, j, SHARES, item % T.int64(SHARES), partial, peak, total, at, 0)
+                    at: T.let = j * T.int64(tile.shares) + item % T.int64(tile.shares)
+                    attend_panels(i, j, tile.shares, item % T.int64(tile.shares), partial, peak, total, at, 0)
                     close_share(tile, peak, total, peaks, totals, i, at)
 
             @T.inline

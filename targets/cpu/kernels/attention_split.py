@@ -16,12 +16,6 @@ from tvm.script import tirx as T
 from .attention_steps import Tiles
 from .common import exp, vector_width
 
-SHARES = 4
-"""Shares of a token's rows at most; each has one set of outputs, which merging reads."""
-
-ENOUGH_TOKENS = 8
-"""From here on tokens feed the threads, and rows need not be shared out."""
-
 
 @T.inline
 def close_share(tile: Tiles, peak: Any, total: Any, peaks: Any, totals: Any, i: Any, at: Any) -> None:
@@ -33,32 +27,30 @@ def close_share(tile: Tiles, peak: Any, total: Any, peaks: Any, totals: Any, i: 
 
 
 @T.inline
-def merge(
-    tile: Tiles, partial: Any, peaks: Any, totals: Any, sinks: Any, out: Any, i: Any, j: Any, h: Any
-) -> None:
+def merge(tile: Tiles, partial: Any, peaks: Any, totals: Any, sinks: Any, out: Any, i: Any, j: Any, h: Any) -> None:
     """``out[i, j, h]`` from the shares of a token.
 
     Args:
-        partial: ``[B, S * SHARES, heads, width]`` float32, outputs before the division.
-        peaks, totals: ``[B, S * SHARES, heads]`` float32.
+        partial: ``[B, S * tile.shares, heads, width]`` float32, outputs before the division.
+        peaks, totals: ``[B, S * tile.shares, heads]`` float32.
     """
     lanes = T.meta_var(vector_width(tile.width))
-    weight = T.alloc_buffer((SHARES,), "float32")
+    weight = T.alloc_buffer((tile.shares,), "float32")
     acc = T.alloc_buffer((1, lanes), "float32", scope="local")
     top: T.float32 = sinks[h]
-    for a in range(T.int64(SHARES)):
-        top = T.max(top, peaks[i, j * T.int64(SHARES) + a, h])
+    for a in range(T.int64(tile.shares)):
+        top = T.max(top, peaks[i, j * T.int64(tile.shares) + a, h])
     denominator: T.float32 = exp(sinks[h] - top)
-    for a in range(T.int64(SHARES)):
-        weight[a] = exp(peaks[i, j * T.int64(SHARES) + a, h] - top)
-        denominator = denominator + weight[a] * totals[i, j * T.int64(SHARES) + a, h]
-    for a in range(T.int64(SHARES)):
+    for a in range(T.int64(tile.shares)):
+        weight[a] = exp(peaks[i, j * T.int64(tile.shares) + a, h] - top)
+        denominator = denominator + weight[a] * totals[i, j * T.int64(tile.shares) + a, h]
+    for a in range(T.int64(tile.shares)):
         weight[a] = weight[a] / denominator
     for c in range(T.int64(tile.width // lanes)):
         for v in T.vectorized(lanes):
             acc[0, v] = T.float32(0)
-        for a in range(T.int64(SHARES)):
+        for a in range(T.int64(tile.shares)):
             for v in T.vectorized(lanes):
-                acc[0, v] = acc[0, v] + weight[a] * partial[i, j * T.int64(SHARES) + a, h, c * T.int64(lanes) + v]
+                acc[0, v] = acc[0, v] + weight[a] * partial[i, j * T.int64(tile.shares) + a, h, c * T.int64(lanes) + v]
         for v in T.vectorized(lanes):
             out[i, j, h, c * T.int64(lanes) + v] = acc[0, v]

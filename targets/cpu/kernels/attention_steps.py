@@ -14,16 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from ..schedule import AttentionSchedule
 from .common import exp, vector_width
 from .rope import fill_angles, rotate_row
-
-_ROW_TILE = 13  # rows whose scores are accumulated at once, a vector of heads each: up to ACCUMULATORS
-PANEL = 5 * _ROW_TILE
-"""Rows per panel: 130 KiB at the published width of 512. A window of 128 rows is two panels."""
-_HEAD_TILE = 4  # heads times four column vectors of the weighted sum: 16 accumulators for 8 loads
 
 
 @dataclass(frozen=True)
@@ -38,6 +33,7 @@ class Tiles:
     lanes: int
     vectors: int
     """Column vectors per tile of the weighted sum."""
+    schedule: AttentionSchedule
 
     @property
     def blocks(self) -> int:
@@ -45,19 +41,35 @@ class Tiles:
         return self.heads // self.head_block
 
     @property
+    def row_tile(self) -> int:
+        """Rows whose scores are accumulated at once."""
+        return self.schedule.row_tile
+
+    @property
+    def panel(self) -> int:
+        """Rows per panel."""
+        return self.schedule.row_tile * self.schedule.panel_tiles
+
+    @property
+    def shares(self) -> int:
+        """Shares of a token's rows, where tokens are few."""
+        return self.schedule.shares
+
+    @property
     def pitch(self) -> int:
         """Floats from one panel row to the next: off a power of two, so that rows spread over all L1 sets."""
         return self.width + 16
 
 
-def tiles(heads: int, width: int) -> Tiles:
+def tiles(heads: int, width: int, schedule: AttentionSchedule) -> Tiles:
     """Blocks of up to 16 heads, as many as make whole vectors.
 
     Blocks of half a vector, to feed two threads with one token of few heads, take more than twice the time.
     """
     block = vector_width(heads)
     lanes = vector_width(width)
-    return Tiles(heads, width, block, min(_HEAD_TILE, block), lanes, min(4, vector_width(width // lanes)))
+    vectors = min(schedule.column_vectors, vector_width(width // lanes))
+    return Tiles(heads, width, block, min(schedule.head_tile, block), lanes, vectors, schedule)
 
 
 @T.inline
@@ -76,7 +88,7 @@ def start(
     at: Any,
     g: Any,
 ) -> None:
-    """Transpose and scale the queries of block `g`, zero its outputs, and open the softmax with the sink logit or without.
+    """Transpose and scale the queries of block `g`, zero its outputs, and open the softmax, with the sink logit or not.
 
     Its maximum starts at the sink logit in any case; `sink` is 1 or 0, whether the sum does as well.
     """
@@ -136,18 +148,18 @@ def attend(
 ) -> None:
     """Take the panel's first `count` rows into the running softmax and the outputs ``out[i, at]`` of block `g`."""
     # Scores. The last tile may take in stale rows beyond `count`; their scores are never read.
-    for tile_index in range((count + T.int64(_ROW_TILE - 1)) // T.int64(_ROW_TILE)):
-        dot = T.alloc_buffer((_ROW_TILE, tile.head_block), "float32", scope="local")
-        for r in T.unroll(_ROW_TILE):
+    for tile_index in range((count + T.int64(tile.row_tile - 1)) // T.int64(tile.row_tile)):
+        dot = T.alloc_buffer((tile.row_tile, tile.head_block), "float32", scope="local")
+        for r in T.unroll(tile.row_tile):
             for v in T.vectorized(tile.head_block):
                 dot[r, v] = T.float32(0)
         for c in range(T.int64(tile.width)):
-            for r in T.unroll(_ROW_TILE):
+            for r in T.unroll(tile.row_tile):
                 for v in T.vectorized(tile.head_block):
-                    dot[r, v] = dot[r, v] + panel[tile_index * T.int64(_ROW_TILE) + r, c] * packed[g, c, v]
-        for r in T.unroll(_ROW_TILE):
+                    dot[r, v] = dot[r, v] + panel[tile_index * T.int64(tile.row_tile) + r, c] * packed[g, c, v]
+        for r in T.unroll(tile.row_tile):
             for v in T.vectorized(tile.head_block):
-                scores[tile_index * T.int64(_ROW_TILE) + r, v] = dot[r, v]
+                scores[tile_index * T.int64(tile.row_tile) + r, v] = dot[r, v]
 
     # Online softmax, one head per lane: `shrink` brings what was summed so far to the new maximum.
     top = T.alloc_buffer((tile.head_block,), "float32", scope="local")
@@ -207,7 +219,7 @@ def attend(
 def rotate_back(
     tile: Tiles, half: int, inv_freq: Any, t: Any, out: Any, i: Any, j: Any, first: Any, count: int
 ) -> None:
-    """Rotate the last ``2 * half`` dims of `count` heads from `first` by ``-t * inv_freq``, while the outputs are in the cache."""
+    """Rotate the last ``2 * half`` dims of `count` heads from `first` by ``-t * inv_freq``, outputs still in cache."""
     cosines = T.alloc_buffer((T.int64(half),), "float32")
     sines = T.alloc_buffer((T.int64(half),), "float32")
     fill_angles(inv_freq, t, cosines, sines, half)
@@ -244,15 +256,15 @@ def attend_rows(
     lists the compressed rows, or is None where they are the first ones. The outputs are not yet divided by `total`.
     """
     packed = T.alloc_buffer((T.int64(tile.blocks), T.int64(tile.width), T.int64(tile.head_block)), "float32")
-    panel = T.alloc_buffer((T.int64(PANEL), T.int64(tile.pitch)), "float32")
-    scores = T.alloc_buffer((T.int64(PANEL), T.int64(tile.head_block)), "float32")
+    panel = T.alloc_buffer((T.int64(tile.panel), T.int64(tile.pitch)), "float32")
+    scores = T.alloc_buffer((T.int64(tile.panel), T.int64(tile.head_block)), "float32")
     t: T.let = p + j
     raw: T.let = T.min(t + T.int64(1), T.int64(window_size))
     for g in range(T.int64(tile.blocks)):
         start(tile, scale, q, sinks, sink, out, packed, peak, total, i, j, at, g)
     for part in range(last - first):
-        top: T.let = (first + part) * T.int64(PANEL)
-        count: T.let = T.min(raw + compressed - top, T.int64(PANEL))
+        top: T.let = (first + part) * T.int64(tile.panel)
+        count: T.let = T.min(raw + compressed - top, T.int64(tile.panel))
         for r in range(count):
             row: T.let = top + r
             if row < raw:

@@ -13,10 +13,6 @@ from tvm.script import tirx as T
 VECTOR = 16
 """Floats in one vector."""
 
-ACCUMULATORS = 15
-"""Vectors that one buffer of accumulators may have. With a sixteenth it is too large for the stack (`stack`), and LLVM
-writes every sum back to memory after every multiply-add, which is three times slower."""
-
 
 def vector_width(width: int) -> int:
     """The largest power of two up to `VECTOR` that divides `width`: vector loops over it need no tail."""

@@ -85,7 +85,7 @@ def hidden_panel(x, gate_up, at, tokens, hidden, panel, first, count, stored, li
 
     @T.inline
     def gate_block(place, height):
-        gate = T.alloc_buffer((stored.sums(height), VECTOR), "float32")
+        gate = T.alloc_buffer((height * VECTORS, VECTOR), "float32")
         gathered_product(gate, x, tokens, place, gate_up, at, stored, height, place == first)
         for a in T.unroll(height * VECTORS):
             for v in T.vectorized(VECTOR):
@@ -93,7 +93,7 @@ def hidden_panel(x, gate_up, at, tokens, hidden, panel, first, count, stored, li
 
     @T.inline
     def up_block(place, height):
-        up = T.alloc_buffer((stored.sums(height), VECTOR), "float32")
+        up = T.alloc_buffer((height * VECTORS, VECTOR), "float32")
         gathered_product(up, x, tokens, place, gate_up, at + 1, stored, height, place == first)
         for a in T.unroll(height * VECTORS):
             for v in T.vectorized(VECTOR):
@@ -102,8 +102,8 @@ def hidden_panel(x, gate_up, at, tokens, hidden, panel, first, count, stored, li
                 )
 
     # One after the other for all places: the cache has to hold one panel, and the registers one product.
-    row_blocks(gate_block, first, count)
-    row_blocks(up_block, first, count)
+    row_blocks(gate_block, first, count, stored.row_block)
+    row_blocks(up_block, first, count, stored.row_block)
 
 
 @T.macro
@@ -120,7 +120,7 @@ def output_panel(hidden, down, at, tokens, scales, y, panel, first, count, d, st
 
     @T.inline
     def block(place, height):
-        sums = T.alloc_buffer((stored.sums(height), VECTOR), "float32")
+        sums = T.alloc_buffer((height * VECTORS, VECTOR), "float32")
         row = T.alloc_buffer((height,), "int64")
         line = T.alloc_buffer((PANEL,), "float32")
         for r in T.unroll(height):
@@ -143,7 +143,7 @@ def output_panel(hidden, down, at, tokens, scales, y, panel, first, count, d, st
                 for c in range(d % PANEL):
                     y[token, panel * PANEL + c] = y[token, panel * PANEL + c] + line[c]
 
-    row_blocks(block, first, count)
+    row_blocks(block, first, count, stored.row_block)
 
 
 @T.macro

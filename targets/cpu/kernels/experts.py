@@ -12,6 +12,7 @@ from __future__ import annotations
 import tvm
 from tvm.script import tirx as T
 
+from ..schedule import ExpertSchedule
 from .expert_steps import (
     clear_panel,
     hidden_panel,
@@ -24,10 +25,13 @@ from .expert_steps import (
 from .packing import PANEL, panels
 from .weight_formats import each_row, quantise_rows, weight_format
 
+DEFAULT = ExpertSchedule()
+
 
 def grouped_experts(
-    experts: int, d: int, f: int, top_k: int, limit: float, weight_dtype: str = "float32", vnni: bool = False
-) -> tvm.tirx.PrimFunc:
+    experts: int, d: int, f: int, top_k: int, limit: float, weight_dtype: str = "float32", vnni: bool = False,
+    schedule: ExpertSchedule = DEFAULT,
+) -> tvm.tirx.PrimFunc:  # fmt: skip
     """``y = sum_k weights_k * down(silu(min(gate, limit)) * clip(up, -limit, limit))`` (V4 paper, section 2.1).
 
     Args:
@@ -39,6 +43,7 @@ def grouped_experts(
         weight_dtype: ``float32`` or ``bfloat16`` (widened in registers; sums are float32), or ``int8`` or ``int4``
             (`quant_packing`; the rows of x and the hidden rows are quantised to 8 bits).
         vnni: whether the target has AVX512-VNNI; of no account for float weights.
+        schedule: register blocks of the products.
 
     Returns:
         PrimFunc of x ``[B, S, d]`` float32, weights ``[B, S, top_k]`` float32, indices ``[B, S, top_k]`` int64 (one
@@ -46,7 +51,7 @@ def grouped_experts(
         `quant_pack_gate_up`, down ``[E, ceil(d / PANEL), panel]`` from `pack_rows` or `quant_pack_rows` (`panel` is the
         format's ``panel_shape``), y ``[B, S, d]`` float32.
     """
-    by_d, by_f = (weight_format(k, weight_dtype, vnni) for k in (d, f))
+    by_d, by_f = (weight_format(k, weight_dtype, vnni, schedule) for k in (d, f))
     f_panels = panels(f)
     d_panels = panels(d)
 
@@ -91,12 +96,13 @@ def grouped_experts(
 
 
 def mixture_of_experts(
-    experts: int, d: int, f: int, top_k: int, limit: float, weight_dtype: str, shared_f: int, vnni: bool = False
-) -> tvm.tirx.PrimFunc:
+    experts: int, d: int, f: int, top_k: int, limit: float, weight_dtype: str, shared_f: int, vnni: bool = False,
+    schedule: ExpertSchedule = DEFAULT,
+) -> tvm.tirx.PrimFunc:  # fmt: skip
     """`grouped_experts` plus a shared expert of the same kind that every token passes through (V4 paper, section 2.1).
 
     Args:
-        experts, d, f, top_k, limit, weight_dtype, vnni: as for `grouped_experts`.
+        experts, d, f, top_k, limit, weight_dtype, vnni, schedule: as for `grouped_experts`.
         shared_f: G, width of the shared expert.
 
     Returns:
@@ -104,7 +110,7 @@ def mixture_of_experts(
         ``[2 ceil(G / PANEL), panel]`` and shared_down ``[ceil(d / PANEL), panel]``, packed as gate_up and down,
         y ``[B, S, d]`` float32.
     """
-    by_d, by_f, by_g = (weight_format(k, weight_dtype, vnni) for k in (d, f, shared_f))
+    by_d, by_f, by_g = (weight_format(k, weight_dtype, vnni, schedule) for k in (d, f, shared_f))
     widest = by_f if f > shared_f else by_g
     f_panels = panels(f)
     g_panels = panels(shared_f)

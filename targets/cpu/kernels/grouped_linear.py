@@ -8,26 +8,31 @@ from __future__ import annotations
 import tvm
 from tvm.script import tirx as T
 
+from ..schedule import ProductSchedule
 from .linear import projection
 from .packing import panels
 from .weight_formats import quantise_rows, weight_format
 
 
-def grouped_linear(groups: int, n: int, k: int, weight_dtype: str = "float32", vnni: bool = False) -> tvm.tirx.PrimFunc:
+def grouped_linear(
+    groups: int, n: int, k: int, weight_dtype: str = "float32", vnni: bool = False,
+    schedule: ProductSchedule | None = None,
+) -> tvm.tirx.PrimFunc:  # fmt: skip
     """``y[:, g] = x[:, g] @ weight[g].T`` with `weight` ``[groups, n, k]`` packed by `pack_rows` or `quant_pack_rows`.
 
     Args:
         groups: independent blocks.
         n: outputs per group; any positive number.
         k: inputs per group.
-        weight_dtype, vnni: as for `merged_linear`.
+        weight_dtype, vnni, schedule: as for `merged_linear`.
 
     Returns:
         PrimFunc of x ``[rows, groups, k]`` float32, weight ``[groups, ceil(n / PANEL), panel]``,
         y ``[rows, groups, n]`` float32.
     """
-    stored = weight_format(k, weight_dtype, vnni)
-    project = projection((n,), k, groups, stored)
+    schedule = schedule or ProductSchedule().for_shape(groups * panels(n), k)
+    stored = weight_format(k, weight_dtype, vnni, schedule)
+    project = projection((n,), k, schedule, groups, stored)
     count = panels(n)
 
     @T.prim_func(private=True, s_tir=True)

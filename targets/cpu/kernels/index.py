@@ -17,12 +17,12 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from .common import ACCUMULATORS, VECTOR, sum_lanes
+from ..schedule import IndexSchedule
+from .common import VECTOR, sum_lanes
 from .rope import fill_angles
 from .selection import LOWEST_KEY, buffer_size, key, prune, push, write_ranked
 
-_ITEMS = 16  # work items to make from few tokens: enough for the threads of a desktop, few enough to merge quickly
-_RANGE_ROWS = 512  # below this a range is not worth another transposition of the queries
+DEFAULT = IndexSchedule()
 
 
 @T.inline
@@ -77,11 +77,12 @@ class Indexer:
     top_k: int
     rotary_width: int
     """Trailing dims of the queries to rotate; 0 where they come rotated."""
+    schedule: IndexSchedule
 
     @property
     def vectors(self) -> int:
-        """Vectors of heads in a group: the number of them, or a divisor of it, up to 4."""
-        return max(u for u in (1, 2, 3, 4) if -(-self.heads // VECTOR) % u == 0)
+        """Vectors of heads in a group: the number of them, or a divisor of it, up to the schedule's."""
+        return max(u for u in range(1, self.schedule.head_vectors + 1) if -(-self.heads // VECTOR) % u == 0)
 
     @property
     def groups(self) -> int:
@@ -95,7 +96,7 @@ class Indexer:
     @property
     def tile(self) -> int:
         """Rows that are scored at once."""
-        return ACCUMULATORS // self.vectors
+        return self.schedule.accumulators // self.vectors
 
 
 @T.inline
@@ -148,7 +149,7 @@ def choose_rows(
     s: Any,
 ) -> None:
     """``out[i, j]`` for every token: the best rows of each range of rows, then the best of those."""
-    ranges: T.let = T.max(T.truncdiv(T.int64(_ITEMS), b * s), T.int64(1))
+    ranges: T.let = T.max(T.truncdiv(T.int64(x.schedule.items), b * s), T.int64(1))
     range_keys = T.alloc_buffer((b * s * ranges, T.int64(x.top_k)), "int64")
     range_counts = T.alloc_buffer((b * s * ranges,), "int64")
     with T.attr(0, "pragma_parallel_launch_point", 1):
@@ -163,7 +164,9 @@ def choose_rows(
                 ready: T.int64 = T.if_then_else(
                     j < lengths[i], (positions[i] + j + T.int64(1)) // T.int64(x.ratio), T.int64(0)
                 )
-                range_rows: T.int64 = T.max(T.truncdiv(ready + ranges - T.int64(1), ranges), T.int64(_RANGE_ROWS))
+                range_rows: T.int64 = T.max(
+                    T.truncdiv(ready + ranges - T.int64(1), ranges), T.int64(x.schedule.range_rows)
+                )
                 begin: T.int64 = T.min(part * range_rows, ready)
                 end: T.int64 = T.min(begin + range_rows, ready)
                 keys = T.alloc_buffer((T.int64(buffer_size(x.top_k)),), "int64")
@@ -201,7 +204,9 @@ def choose_rows(
         write_ranked(x.top_k, merged, total, out, T.truncdiv(token, s), T.truncmod(token, s))
 
 
-def lightning_index(heads: int, width: int, ratio: int, top_k: int, rotary_width: int = 0) -> PrimFunc:
+def lightning_index(
+    heads: int, width: int, ratio: int, top_k: int, rotary_width: int = 0, schedule: IndexSchedule = DEFAULT
+) -> PrimFunc:
     """The `top_k` best finished rows per token by ``sum_h w_h * relu(q_h . k)`` (V4 paper, section 2.3).
 
     The paper's positive factor ``width**-0.5 * heads**-0.5`` is left out: it changes no order.
@@ -213,7 +218,7 @@ def lightning_index(heads: int, width: int, ratio: int, top_k: int, rotary_width
     those are read. Rows are in descending order of score, ties to the smaller row, then -1; a padding token gets -1
     throughout.
     """
-    x = Indexer(heads, width, ratio, top_k, rotary_width)
+    x = Indexer(heads, width, ratio, top_k, rotary_width, schedule)
 
     if rotary_width == 0:
 

@@ -1,9 +1,9 @@
 """Dense projections with packed weights: one code path for a single token and for a prompt chunk.
 
 Projections of one input are merged into one kernel, which starts the threads once and shares out all panels; an RMS
-norm of the input can go first. Work is cut into tasks of one panel and up to `ROWS_PER_TASK` rows, so that a panel is
-read from memory once for all those rows, and the reduction is cut into blocks that keep the panel in cache while
-blocks of rows pass over it.
+norm of the input can go first. Work is cut into tasks of one panel and some hundred rows, so that a panel is read from
+memory once for all those rows, and the reduction is cut into blocks that keep the panel in cache while blocks of rows
+pass over it. The sizes of both are in `ProductSchedule`.
 """
 
 # mypy: ignore-errors
@@ -18,38 +18,34 @@ from itertools import accumulate
 import tvm
 from tvm.script import tirx as T
 
+from ..schedule import ProductSchedule
 from .common import VECTOR
 from .packing import PANEL, panels
-from .panel_product import ROW_BLOCK, VECTORS, row_blocks
+from .panel_product import VECTORS, row_blocks
 from .rms_norm import row_norm
 from .weight_formats import FloatFormat, QuantFormat, each_row, quantise_rows, weight_format
 
-ROWS_PER_TASK = 256
-INPUTS_PER_TASK = 1 << 20
-"""Rows that share one reading of a panel, and the elements of `x` they may have: all threads' `x` must stay in L3."""
 
-NARROW_PANELS = 16
-NARROW_ROWS_PER_TASK = 32
-"""Outputs of fewer than `NARROW_PANELS` panels are shared out among the threads by rows as well."""
-
-
-def linear(n: int, k: int, weight_dtype: str = "float32", vnni: bool = False) -> tvm.tirx.PrimFunc:
+def linear(
+    n: int, k: int, weight_dtype: str = "float32", vnni: bool = False, schedule: ProductSchedule | None = None
+) -> tvm.tirx.PrimFunc:
     """``y = x @ weight.T`` with `weight` ``[n, k]`` packed by `pack_rows` or `quant_pack_rows`.
 
     Args:
         n: outputs; any positive number.
         k: inputs.
-        weight_dtype, vnni: as for `merged_linear`.
+        weight_dtype, vnni, schedule: as for `merged_linear`.
 
     Returns:
         PrimFunc of x ``[rows, k]`` float32, weight ``[ceil(n / PANEL), panel]``, y ``[rows, n]`` float32.
     """
-    return merged_linear((n,), k, weight_dtype, None, vnni)
+    return merged_linear((n,), k, weight_dtype, None, vnni, schedule)
 
 
 def merged_linear(
-    sizes: Sequence[int], k: int, weight_dtype: str = "float32", norm_eps: float | None = None, vnni: bool = False
-) -> tvm.tirx.PrimFunc:
+    sizes: Sequence[int], k: int, weight_dtype: str = "float32", norm_eps: float | None = None, vnni: bool = False,
+    schedule: ProductSchedule | None = None,
+) -> tvm.tirx.PrimFunc:  # fmt: skip
     """``y_i = x @ weight_i.T`` for several weights `[sizes[i], k]`, or the same of ``x``'s RMS norm.
 
     Args:
@@ -59,15 +55,17 @@ def merged_linear(
             (`quant_packing`; rows are quantised to 8 bits).
         norm_eps: if given, ``x / sqrt(mean(x**2) + norm_eps) * norm`` takes the place of ``x``.
         vnni: whether the target has AVX512-VNNI; of no account for float weights.
+        schedule: how the work is cut; by default as with AVX-512.
 
     Returns:
         PrimFunc of x ``[rows, k]`` float32, norm ``[k]`` float32 if `norm_eps` is given, weight
         ``[sum of ceil(sizes[i] / PANEL), panel]`` (each part packed by `pack_rows` or `quant_pack_rows`, one after the
         other; `panel` is the format's ``panel_shape``), then y_i ``[rows, sizes[i]]`` float32 for every part.
     """
-    stored = weight_format(k, weight_dtype, vnni)
-    project = projection(sizes, k, stored=stored)
     total = sum(panels(n) for n in sizes)
+    schedule = schedule or ProductSchedule().for_shape(total, k)
+    stored = weight_format(k, weight_dtype, vnni, schedule)
+    project = projection(sizes, k, schedule, stored=stored)
 
     def match_outputs(rows):
         """One more argument per part: TVMScript takes a function's arguments from its text, which is fixed."""
@@ -115,21 +113,21 @@ def merged_linear(
 
 
 def projection(
-    sizes: Sequence[int], k: int, groups: int = 1, stored: FloatFormat | QuantFormat | None = None
-) -> Callable:
+    sizes: Sequence[int], k: int, schedule: ProductSchedule, groups: int = 1,
+    stored: FloatFormat | QuantFormat | None = None,
+) -> Callable:  # fmt: skip
     """A macro ``project(x, weight, y, rows)``: the loops of a projection into parts, in `groups` independent blocks.
 
     The macro takes x ``[rows * groups, k]``, weight ``[groups * sum of ceil(sizes[i] / PANEL), panel]`` and a list y of
     ``[rows * groups, sizes[i]]``; the groups of one token are neighbours. `stored` is the format of the weights, by
     default of float ones; if it is quantised, so is x.
     """
-    stored = stored or FloatFormat(k, "float32")
+    stored = stored or FloatFormat(k, "float32", schedule)
     ends = list(accumulate(panels(n) for n in sizes))
     count = ends[-1]
     total = groups * count
-    rows_per_task = NARROW_ROWS_PER_TASK
-    if total >= NARROW_PANELS:
-        rows_per_task = max(NARROW_ROWS_PER_TASK, min(ROWS_PER_TASK, INPUTS_PER_TASK // k // ROW_BLOCK * ROW_BLOCK))
+    steps_per_block = schedule.block_bytes // stored.step_bytes
+    rows_per_task = schedule.rows_per_task
 
     def part_of(panel, body):
         """``body(part, column, n)`` for the part that `panel` lies in, `column` its first output, `n` the part's width.
@@ -170,12 +168,12 @@ def projection(
 
     @T.macro
     def block(x, weight, y, panel, reduction, row, height, cold):
-        sums = T.alloc_buffer((stored.sums(height), VECTOR), "float32", scope="local")
+        sums = T.alloc_buffer((height * VECTORS, VECTOR), "float32", scope="local")
         row_at = T.alloc_buffer((height,), "int64", scope="local")
         for r in T.unroll(height):
             row_at[r] = (row + r) * groups + panel // count
-        start: T.int64 = reduction * stored.block
-        stop: T.int64 = T.min(start + stored.block, T.int64(stored.steps))
+        start: T.int64 = reduction * steps_per_block
+        stop: T.int64 = T.min(start + steps_per_block, T.int64(stored.steps))
         stored.multiply(sums, x, row_at, weight, panel, start, stop, height, cold)
 
         @T.inline
@@ -190,12 +188,12 @@ def projection(
             first: T.int64 = task // total * rows_per_task
             height: T.int64 = T.min(rows - first, rows_per_task)
             panel: T.int64 = task % total
-            for reduction in range(T.int64(-(-stored.steps // stored.block))):
+            for reduction in range(T.int64(-(-stored.steps // steps_per_block))):
 
                 @T.inline
                 def rows_of_panel(row, size):
                     block(x, weight, y, panel, reduction, row, size, row == first)
 
-                row_blocks(rows_of_panel, first, height)
+                row_blocks(rows_of_panel, first, height, stored.row_block)
 
     return project

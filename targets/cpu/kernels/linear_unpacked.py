@@ -12,24 +12,28 @@ from __future__ import annotations
 import tvm
 from tvm.script import tirx as T
 
+from ..schedule import UnpackedSchedule
 from .common import sum_lanes, vector_width
 
-_OUTPUTS = 4
-"""Outputs per task and dot products at a time: enough independent sums to hide the latency of a multiply-add."""
+DEFAULT = UnpackedSchedule()
 
 
-def linear_unpacked(n: int, k: int, weight_dtype: str = "float32") -> tvm.tirx.PrimFunc:
+def linear_unpacked(
+    n: int, k: int, weight_dtype: str = "float32", schedule: UnpackedSchedule = DEFAULT
+) -> tvm.tirx.PrimFunc:
     """``y = x @ weight.T``.
 
     Args:
         n: outputs; any positive number.
         k: inputs.
         weight_dtype: ``float32`` or ``bfloat16`` (widened in registers; sums are float32).
+        schedule: how many outputs a task has.
 
     Returns:
         PrimFunc of x ``[rows, k]`` float32, weight ``[n, k]``, y ``[rows, n]`` float32.
     """
     width = vector_width(k)
+    outputs = schedule.outputs
 
     @T.macro
     def dots(x, weight, y, row, output, count):
@@ -54,12 +58,12 @@ def linear_unpacked(n: int, k: int, weight_dtype: str = "float32") -> tvm.tirx.P
         x = T.match_buffer(x_, (rows, T.int64(k)), "float32")
         weight = T.match_buffer(weight_, (T.int64(n), T.int64(k)), weight_dtype)
         y = T.match_buffer(y_, (rows, T.int64(n)), "float32")
-        for task in T.parallel(T.int64(-(-n // _OUTPUTS))):
+        for task in T.parallel(T.int64(-(-n // outputs))):
             for row in range(rows):
-                if task < T.int64(n // _OUTPUTS):
-                    dots(x, weight, y, row, task * _OUTPUTS, _OUTPUTS)
+                if task < T.int64(n // outputs):
+                    dots(x, weight, y, row, task * outputs, outputs)
                 else:
-                    for o in range(T.int64(n % _OUTPUTS)):
-                        dots(x, weight, y, row, task * _OUTPUTS + o, 1)
+                    for o in range(T.int64(n % outputs)):
+                        dots(x, weight, y, row, task * outputs + o, 1)
 
     return linear_unpacked

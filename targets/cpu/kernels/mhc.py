@@ -8,8 +8,10 @@ from __future__ import annotations
 import tvm
 from tvm.script import tirx as T
 
+from ..schedule import MHCSchedule
 from .common import sigmoid, vector_width
 from .mhc_steps import (
+    DEFAULT,
     collapse,
     each_row,
     load_mixing,
@@ -22,7 +24,9 @@ from .mhc_steps import (
 )
 
 
-def mhc_pre(m: int, d: int, iterations: int, hc_eps: float, norm_eps: float) -> tvm.tirx.PrimFunc:
+def mhc_pre(
+    m: int, d: int, iterations: int, hc_eps: float, norm_eps: float, schedule: MHCSchedule = DEFAULT
+) -> tvm.tirx.PrimFunc:
     """Collapse the residual streams and compute the mixing weights of one sublayer (mHC paper, section 4.2).
 
     Args:
@@ -31,6 +35,7 @@ def mhc_pre(m: int, d: int, iterations: int, hc_eps: float, norm_eps: float) -> 
         iterations: Sinkhorn-Knopp iterations; the first normalises columns only, as a softmax has done the rows.
         hc_eps: added to the pre weights, to the softmax and to every Sinkhorn divisor.
         norm_eps: of the RMS norm over all streams of a token.
+        schedule: how the work is cut.
 
     Returns:
         PrimFunc of streams ``[B, S, m, d]``, fn ``[(2 + m) * m, m * d]``, base ``[(2 + m) * m]``, scale ``[3]``,
@@ -62,7 +67,7 @@ def mhc_pre(m: int, d: int, iterations: int, hc_eps: float, norm_eps: float) -> 
         collapsed = collapsed_bsd.view(b * s, T.int64(d))
         post = post_bsm.view(b * s, T.int64(m))
         comb = comb_bsmm.view(b * s, T.int64(m * m))
-        parts = T.alloc_buffer((b * s, T.int64(part_count(m, d)), T.int64(outputs + 1)), "float32")
+        parts = T.alloc_buffer((b * s, T.int64(part_count(m, d, schedule)), T.int64(outputs + 1)), "float32")
 
         @T.inline
         def square(row, part, k, first, steps):
@@ -71,21 +76,22 @@ def mhc_pre(m: int, d: int, iterations: int, hc_eps: float, norm_eps: float) -> 
         @T.inline
         def finish(row):
             pre = T.alloc_buffer((m,), "float32", scope="local")
-            sublayer_weights(pre, post, comb, parts, base, scale, row, m, d, iterations, hc_eps, norm_eps)
+            sublayer_weights(pre, post, comb, parts, base, scale, row, m, d, iterations, hc_eps, norm_eps, schedule)
             collapse(collapsed, streams, pre, row, m, d)
 
-        project_parts(square, streams, fn, parts, b * s, outputs, m, d)
-        each_row(finish, b * s)
+        project_parts(square, streams, fn, parts, b * s, outputs, m, d, schedule)
+        each_row(finish, b * s, schedule)
 
     return mhc_pre
 
 
-def mhc_post(m: int, d: int) -> tvm.tirx.PrimFunc:
+def mhc_post(m: int, d: int, schedule: MHCSchedule = DEFAULT) -> tvm.tirx.PrimFunc:
     """New streams: stream_k = post_k * x + sum_j comb[j, k] * stream_j (mHC paper, section 4.2).
 
     Args:
         m: number of streams.
         d: hidden size.
+        schedule: how the work is cut.
 
     Returns:
         PrimFunc of x ``[B, S, d]``, streams ``[B, S, m, d]``, post ``[B, S, m]``, comb ``[B, S, m, m]``, and the new
@@ -121,12 +127,12 @@ def mhc_post(m: int, d: int) -> tvm.tirx.PrimFunc:
                     for v in T.vectorized(width):
                         mixed[row, k * d + step * width + v] = total[v]
 
-        each_row(mix, b * s)
+        each_row(mix, b * s, schedule)
 
     return mhc_post
 
 
-def mhc_head(m: int, d: int, hc_eps: float, norm_eps: float) -> tvm.tirx.PrimFunc:
+def mhc_head(m: int, d: int, hc_eps: float, norm_eps: float, schedule: MHCSchedule = DEFAULT) -> tvm.tirx.PrimFunc:
     """Collapse the streams after the last layer, with weights computed from them as in `mhc_pre`.
 
     Args:
@@ -134,6 +140,7 @@ def mhc_head(m: int, d: int, hc_eps: float, norm_eps: float) -> tvm.tirx.PrimFun
         d: hidden size.
         hc_eps: added to the weights.
         norm_eps: of the RMS norm over all streams of a token.
+        schedule: how the work is cut.
 
     Returns:
         PrimFunc of streams ``[B, S, m, d]``, fn ``[m, m * d]``, base ``[m]``, scale ``[1]``, collapsed ``[B, S, d]``,
@@ -152,7 +159,7 @@ def mhc_head(m: int, d: int, hc_eps: float, norm_eps: float) -> tvm.tirx.PrimFun
         collapsed_bsd = T.match_buffer(collapsed_, (b, s, T.int64(d)), "float32")
         streams = streams_bsmd.view(b * s, T.int64(m * d))
         collapsed = collapsed_bsd.view(b * s, T.int64(d))
-        parts = T.alloc_buffer((b * s, T.int64(part_count(m, d)), T.int64(m + 1)), "float32")
+        parts = T.alloc_buffer((b * s, T.int64(part_count(m, d, schedule)), T.int64(m + 1)), "float32")
 
         @T.inline
         def square(row, part, k, first, steps):
@@ -162,12 +169,12 @@ def mhc_head(m: int, d: int, hc_eps: float, norm_eps: float) -> tvm.tirx.PrimFun
         def finish(row):
             logits = T.alloc_buffer((m + 1,), "float32", scope="local")
             pre = T.alloc_buffer((m,), "float32", scope="local")
-            normed_sums(logits, parts, row, m, m, d, norm_eps)
+            normed_sums(logits, parts, row, m, m, d, norm_eps, schedule)
             for i in T.unroll(m):
                 pre[i] = sigmoid(logits[i] * scale[0] + base[i]) + T.float32(hc_eps)
             collapse(collapsed, streams, pre, row, m, d)
 
-        project_parts(square, streams, fn, parts, b * s, m, m, d)
-        each_row(finish, b * s)
+        project_parts(square, streams, fn, parts, b * s, m, m, d, schedule)
+        each_row(finish, b * s, schedule)
 
     return mhc_head

@@ -11,8 +11,10 @@ from __future__ import annotations
 import tvm
 from tvm.script import tirx as T
 
+from ..schedule import MHCSchedule
 from .common import sum_lanes, vector_width
 from .mhc_steps import (
+    DEFAULT,
     collapse,
     each_row,
     load_mixing,
@@ -45,7 +47,9 @@ def mix_part(mixed, parts, x, streams, post, comb, row, part, k, first, steps, o
     parts[row, part, output] = lanes[0, 0]
 
 
-def mhc_pre_norm(m: int, d: int, iterations: int, hc_eps: float, norm_eps: float, eps: float) -> tvm.tirx.PrimFunc:
+def mhc_pre_norm(
+    m: int, d: int, iterations: int, hc_eps: float, norm_eps: float, eps: float, schedule: MHCSchedule = DEFAULT
+) -> tvm.tirx.PrimFunc:
     """Entry of a sublayer and the RMS norm of its input (mHC paper, section 4.2).
 
     Args:
@@ -55,6 +59,7 @@ def mhc_pre_norm(m: int, d: int, iterations: int, hc_eps: float, norm_eps: float
         hc_eps: added to the pre weights, to the softmax and to every Sinkhorn divisor.
         norm_eps: of the RMS norm over all streams of a token.
         eps: of the RMS norm of the collapsed streams.
+        schedule: how the work is cut.
 
     Returns:
         PrimFunc of streams ``[B, S, m, d]``, fn ``[(2 + m) * m, m * d]``, base ``[(2 + m) * m]``, scale ``[3]``, norm
@@ -89,7 +94,7 @@ def mhc_pre_norm(m: int, d: int, iterations: int, hc_eps: float, norm_eps: float
         y = y_bsd.view(b * s, T.int64(d))
         post = post_bsm.view(b * s, T.int64(m))
         comb = comb_bsmm.view(b * s, T.int64(m * m))
-        parts = T.alloc_buffer((b * s, T.int64(part_count(m, d)), T.int64(outputs + 1)), "float32")
+        parts = T.alloc_buffer((b * s, T.int64(part_count(m, d, schedule)), T.int64(outputs + 1)), "float32")
 
         @T.inline
         def square(row, part, k, first, steps):
@@ -98,17 +103,19 @@ def mhc_pre_norm(m: int, d: int, iterations: int, hc_eps: float, norm_eps: float
         @T.inline
         def finish(row):
             pre = T.alloc_buffer((m,), "float32", scope="local")
-            sublayer_weights(pre, post, comb, parts, base, scale, row, m, d, iterations, hc_eps, norm_eps)
+            sublayer_weights(pre, post, comb, parts, base, scale, row, m, d, iterations, hc_eps, norm_eps, schedule)
             collapse(y, streams, pre, row, m, d)
             norm_row(y, norm, y, row)
 
-        project_parts(square, streams, fn, parts, b * s, outputs, m, d)
-        each_row(finish, b * s)
+        project_parts(square, streams, fn, parts, b * s, outputs, m, d, schedule)
+        each_row(finish, b * s, schedule)
 
     return mhc_pre_norm
 
 
-def mhc_post_pre_norm(m: int, d: int, iterations: int, hc_eps: float, norm_eps: float, eps: float) -> tvm.tirx.PrimFunc:
+def mhc_post_pre_norm(
+    m: int, d: int, iterations: int, hc_eps: float, norm_eps: float, eps: float, schedule: MHCSchedule = DEFAULT
+) -> tvm.tirx.PrimFunc:
     """Exit of a sublayer, entry of the next and the RMS norm of its input (mHC paper, section 4.2).
 
     Args:
@@ -118,6 +125,7 @@ def mhc_post_pre_norm(m: int, d: int, iterations: int, hc_eps: float, norm_eps: 
         hc_eps: added to the pre weights, to the softmax and to every Sinkhorn divisor.
         norm_eps: of the RMS norm over all streams of a token.
         eps: of the RMS norm of the collapsed streams.
+        schedule: how the work is cut.
 
     Returns:
         PrimFunc of x ``[B, S, d]``, streams ``[B, S, m, d]``, post ``[B, S, m]``, comb ``[B, S, m, m]``, fn
@@ -165,7 +173,7 @@ def mhc_post_pre_norm(m: int, d: int, iterations: int, hc_eps: float, norm_eps: 
         y = y_bsd.view(b * s, T.int64(d))
         next_post = next_post_bsm.view(b * s, T.int64(m))
         next_comb = next_comb_bsmm.view(b * s, T.int64(m * m))
-        parts = T.alloc_buffer((b * s, T.int64(part_count(m, d)), T.int64(outputs + 1)), "float32")
+        parts = T.alloc_buffer((b * s, T.int64(part_count(m, d, schedule)), T.int64(outputs + 1)), "float32")
 
         @T.inline
         def mix(row, part, k, first, steps):
@@ -174,11 +182,13 @@ def mhc_post_pre_norm(m: int, d: int, iterations: int, hc_eps: float, norm_eps: 
         @T.inline
         def finish(row):
             pre = T.alloc_buffer((m,), "float32", scope="local")
-            sublayer_weights(pre, next_post, next_comb, parts, base, scale, row, m, d, iterations, hc_eps, norm_eps)
+            sublayer_weights(
+                pre, next_post, next_comb, parts, base, scale, row, m, d, iterations, hc_eps, norm_eps, schedule
+            )
             collapse(y, mixed, pre, row, m, d)
             norm_row(y, norm, y, row)
 
-        project_parts(mix, mixed, fn, parts, b * s, outputs, m, d)
-        each_row(finish, b * s)
+        project_parts(mix, mixed, fn, parts, b * s, outputs, m, d, schedule)
+        each_row(finish, b * s, schedule)
 
     return mhc_post_pre_norm

@@ -13,37 +13,20 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
+from ..schedule import MHCSchedule
 from .common import exp, sigmoid, sum_lanes, vector_width
 
-PART_VECTORS = 64
-"""Vectors of one stream per part: with six rows of `fn` and four tokens, 40 KiB, which stays in L1. It must be one run
-of addresses, for streams lie a power of two apart, so in the same cache sets."""
-
-ROWS_PER_TASK = 16
-"""Tokens that share one reading of a part of `fn`: mixing four streams, it touches 576 KiB, which stays in L2."""
-
-MIN_TASKS = 4
-"""With fewer tasks than these, a task is cut into one for each stream, so that no thread is left without work."""
-
-ROW_BLOCK = 2
-"""Tokens per register block."""
-
-OUTPUT_BLOCK = 6
-"""Rows of `fn` per register block at most. All 24 at once would thrash: they lie a power of two apart, so in the same
-cache sets. Six by `ROW_BLOCK` are as many sums as one buffer holds in registers, and fit an L1 of 12 ways."""
-
-SERIAL_ROWS = 2
-"""Up to so many tokens, what is left to do per token takes about as long as to launch threads for it."""
+DEFAULT = MHCSchedule()
 
 
-def part_count(m: int, d: int) -> int:
+def part_count(m: int, d: int, schedule: MHCSchedule) -> int:
     """Parts that `m` streams of `d` floats are cut into; the `m` parts of the same columns are neighbours."""
-    return -(-(d // vector_width(d)) // PART_VECTORS) * m
+    return -(-(d // vector_width(d)) // schedule.part_vectors) * m
 
 
-def output_block(outputs: int) -> int:
-    """Rows of `fn` per register block: the largest divisor of `outputs` up to `OUTPUT_BLOCK`."""
-    return max(size for size in range(1, OUTPUT_BLOCK + 1) if outputs % size == 0)
+def output_block(outputs: int, schedule: MHCSchedule) -> int:
+    """Rows of `fn` per register block: the largest divisor of `outputs` up to the schedule's."""
+    return max(size for size in range(1, schedule.output_block + 1) if outputs % size == 0)
 
 
 @T.macro
@@ -68,7 +51,7 @@ def project_block(streams, fn, parts, row, height, part, start, steps, group, si
 
 
 @T.macro
-def project_parts(prepare, streams, fn, parts, rows, outputs, m, d):
+def project_parts(prepare, streams, fn, parts, rows, outputs, m, d, schedule):
     """Per token and part: `prepare`, then the products with the rows of `fn`.
 
     A task has all streams of its columns, for `prepare` to find in L1 what it reads for each of them; where that would
@@ -79,26 +62,29 @@ def project_parts(prepare, streams, fn, parts, rows, outputs, m, d):
             stream k over `steps` vectors from its `first`; it may also be what fills the stream there.
         streams: ``[rows, m * d]``.
         fn: ``[outputs, m * d]``.
-        parts: ``[rows, part_count(m, d), outputs + 1]``, written.
+        parts: ``[rows, part_count(m, d, schedule), outputs + 1]``, written.
+        outputs, m, d, schedule: static.
     """
     vector = T.meta_var(vector_width(d))
-    ranges = T.meta_var(part_count(m, d) // m)
-    groups: T.int64 = (rows + (ROWS_PER_TASK - 1)) // ROWS_PER_TASK
-    split: T.int64 = T.if_then_else(rows <= SERIAL_ROWS or groups * ranges < MIN_TASKS, T.int64(m), T.int64(1))
+    ranges = T.meta_var(part_count(m, d, schedule) // m)
+    groups: T.int64 = (rows + (schedule.rows_per_task - 1)) // schedule.rows_per_task
+    split: T.int64 = T.if_then_else(
+        rows <= schedule.serial_rows or groups * ranges < schedule.min_tasks, T.int64(m), T.int64(1)
+    )
     for task in T.parallel(ranges * groups * split):
         shared: T.int64 = T.truncdiv(task, split)
         span: T.int64 = T.truncdiv(T.int64(m), split)
         lowest: T.int64 = T.truncmod(task, split) * span
-        row: T.int64 = T.truncmod(shared, groups) * ROWS_PER_TASK
-        count: T.int64 = T.min(rows - row, T.int64(ROWS_PER_TASK))
+        row: T.int64 = T.truncmod(shared, groups) * schedule.rows_per_task
+        count: T.int64 = T.min(rows - row, T.int64(schedule.rows_per_task))
         columns: T.int64 = T.truncdiv(shared, groups)
-        first: T.int64 = columns * PART_VECTORS
-        steps: T.int64 = T.min(d // vector - first, T.int64(PART_VECTORS))
+        first: T.int64 = columns * schedule.part_vectors
+        steps: T.int64 = T.min(d // vector - first, T.int64(schedule.part_vectors))
         for i in range(count):
             for j in range(span):
                 prepare(row + i, columns * m + lowest + j, lowest + j, first, steps)
         for j in range(span):
-            for group in range(T.int64(outputs // output_block(outputs))):
+            for group in range(T.int64(outputs // output_block(outputs, schedule))):
 
                 @T.inline
                 def block(row, height):
@@ -112,14 +98,14 @@ def project_parts(prepare, streams, fn, parts, rows, outputs, m, d):
                         (lowest + j) * (d // vector) + first,
                         steps,
                         group,
-                        output_block(outputs),
+                        output_block(outputs, schedule),
                         vector,
                     )
 
-                for i in range(count // ROW_BLOCK):
-                    block(row + i * ROW_BLOCK, ROW_BLOCK)
-                for i in range(count % ROW_BLOCK):
-                    block(row + count // ROW_BLOCK * ROW_BLOCK + i, 1)
+                for i in range(count // schedule.row_block):
+                    block(row + i * schedule.row_block, schedule.row_block)
+                for i in range(count % schedule.row_block):
+                    block(row + count // schedule.row_block * schedule.row_block + i, 1)
 
 
 @T.macro
@@ -159,9 +145,9 @@ def mix_vector(total, mixing, at, x, streams, row, step, m, d):
 
 
 @T.macro
-def each_row(body, rows):
+def each_row(body, rows, schedule):
     """``body(row)`` for every row, on all threads where that pays."""
-    if rows <= SERIAL_ROWS:
+    if rows <= schedule.serial_rows:
         for row in range(rows):
             body(row)
     else:
@@ -170,11 +156,11 @@ def each_row(body, rows):
 
 
 @T.macro
-def normed_sums(logits, parts, row, outputs, m, d, eps):
+def normed_sums(logits, parts, row, outputs, m, d, eps, schedule):
     """``logits[:outputs]`` = the products of `project_parts` as if the streams had been RMS-normed first."""
     for o in range(outputs + 1):
         logits[o] = T.float32(0)
-    for part in range(T.int64(part_count(m, d))):
+    for part in range(T.int64(part_count(m, d, schedule))):
         for o in range(outputs + 1):
             logits[o] = logits[o] + parts[row, part, o]
     logits[outputs] = T.float32(1) / T.sqrt(logits[outputs] / T.float32(m * d) + T.float32(eps))
@@ -216,12 +202,12 @@ def sinkhorn(comb, m, iterations, eps):
 
 
 @T.macro
-def sublayer_weights(pre, post, comb, parts, base, scale, row, m, d, iterations, hc_eps, norm_eps):
+def sublayer_weights(pre, post, comb, parts, base, scale, row, m, d, iterations, hc_eps, norm_eps, schedule):
     """A token's weights of one sublayer, from `parts`: local ``pre[:m]``, ``post[row, :m]``, ``comb[row, :m * m]``."""
     outputs = T.meta_var((2 + m) * m)
     logits = T.alloc_buffer((outputs + 1,), "float32", scope="local")
     mix = T.alloc_buffer((m * m,), "float32", scope="local")
-    normed_sums(logits, parts, row, outputs, m, d, norm_eps)
+    normed_sums(logits, parts, row, outputs, m, d, norm_eps, schedule)
     for i in T.unroll(m):
         pre[i] = sigmoid(logits[i] * scale[0] + base[i]) + T.float32(hc_eps)
         post[row, i] = T.float32(2) * sigmoid(logits[m + i] * scale[1] + base[m + i])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import tvm
 from tvm.script import tirx as T
 
+from ..schedule import ProductSchedule
 from .common import partial_sums, sum_lanes, vector_width
 from .linear import projection
 from .packing import PANEL, panels
@@ -24,7 +25,10 @@ _SERIAL_PRODUCTS = 1 << 16
 """Elements of router rows that one thread multiplies in that time."""
 
 
-def topk_router(experts: int, d: int, top_k: int, scaling: float, weight_dtype: str = "float32") -> tvm.tirx.PrimFunc:
+def topk_router(
+    experts: int, d: int, top_k: int, scaling: float, weight_dtype: str = "float32",
+    schedule: ProductSchedule | None = None,
+) -> tvm.tirx.PrimFunc:  # fmt: skip
     """The route of ``x @ weight.T`` by sqrt(softplus(logit)) + bias (V4 paper, section 2.1).
 
     Args:
@@ -33,12 +37,13 @@ def topk_router(experts: int, d: int, top_k: int, scaling: float, weight_dtype: 
         top_k: experts per token, at most E.
         scaling: what a token's weights sum to.
         weight_dtype: ``float32`` or ``bfloat16`` (widened in registers; sums are float32).
+        schedule: how the product is cut; by default as with AVX-512.
 
     Returns:
         PrimFunc of x ``[B, S, d]`` float32, weight ``[ceil(E / PANEL), d, PANEL]`` from `pack_rows`, bias ``[E]``
         float32, weights ``[B, S, top_k]`` float32, indices ``[B, S, top_k]`` int64, both as `topk_route` gives them.
     """
-    project = projection([experts], d)
+    project = projection([experts], d, schedule or ProductSchedule().for_shape(panels(experts), d))
 
     @T.prim_func(private=True, s_tir=True)
     def topk_router(x_: T.handle, weight_: T.handle, bias_: T.handle, weights_: T.handle, indices_: T.handle):

@@ -13,16 +13,11 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from ..schedule import PanelSchedule
 from .packing import PANEL
-from .panel_product import VECTORS, panel_product, sums_per_output
+from .panel_product import panel_product
 from .quant_packing import OFFSET, QUANTISED, block_bytes, groups
 from .quant_product import QuantisedRows, quant_panel_product, quantise_row, quantised_rows
-
-BLOCK_BYTES = 1 << 17
-"""Bytes of a panel per reduction block: they stay in a core's L2 cache while blocks of rows pass over them."""
-
-K_BLOCK = BLOCK_BYTES // (4 * PANEL)
-"""Inputs per reduction block of float weights."""
 
 SERIAL_INPUTS = 1 << 14
 """Rows of together up to this many elements are prepared by one thread: starting the others would take longer."""
@@ -34,27 +29,28 @@ class FloatFormat:
     Attributes:
         dtype: of the packed weight.
         panel_shape: shape of one panel, ``(k, PANEL)``.
-        steps, block: steps of the whole reduction, and of a block that stays in the cache.
-        multiply: macro ``(sums, x, row_at, weight, panel, start, stop, rows, cold)``, as `panel_product`; `cold` says
-            that these are the first rows that read the panel.
+        steps: of the whole reduction.
+        step_bytes: bytes of a panel that a step takes, in the cache.
+        row_block: rows of the largest block that `multiply` is to be used with (`panel_product.row_blocks`).
+        multiply: macro ``(sums, x, row_at, weight, panel, start, stop, rows, cold)``, as `panel_product`, from step
+            `start` to `stop`; `cold` says that these are the first rows that read the panel.
     """
 
     quantised = False
 
-    def __init__(self, k: int, dtype: str) -> None:
+    def __init__(self, k: int, dtype: str, schedule: PanelSchedule) -> None:
         self.dtype = dtype
         self.panel_shape = (T.int64(k), T.int64(PANEL))
-        self.steps, self.block = k, K_BLOCK
+        self.steps, self.step_bytes, self.row_block = k, 4 * PANEL, schedule.row_block
 
         @T.macro
         def multiply(sums, x, row_at, weight, panel, start, stop, rows, cold):
-            panel_product(sums, x, row_at, weight, panel, start, stop, rows, sums_per_output(rows, k))
+            panel_product(
+                sums, x, row_at, weight, panel, start, stop, rows, schedule.columns(rows),
+                schedule.partial_sums(rows, k),
+            )  # fmt: skip
 
         self.multiply = multiply
-
-    def sums(self, rows: int) -> int:
-        """Vectors of float32 that `multiply` needs for a block of `rows` rows; results are in the first of them."""
-        return rows * sums_per_output(rows, self.steps) * VECTORS
 
     def inputs(self, x: Any, rows: Any) -> Any:
         """What `multiply` reads `rows` rows from: here `x` itself."""
@@ -65,17 +61,18 @@ class QuantFormat:
     """Weights of `k` inputs as `quant_packing` has them; rows are quantised before they are multiplied.
 
     Attributes:
-        dtype, panel_shape, steps, block, multiply: as of `FloatFormat`; the x of `multiply` is `QuantisedRows`.
+        dtype, panel_shape, steps, step_bytes, row_block, multiply: as of `FloatFormat`; the x of `multiply` is
+            `QuantisedRows`.
         quantise: macro ``(x, quantised, row)``: quantise one row of ``[rows, >= k]`` float32.
     """
 
     quantised = True
 
-    def __init__(self, k: int, bits: int, vnni: bool) -> None:
+    def __init__(self, k: int, bits: int, vnni: bool, schedule: PanelSchedule) -> None:
         self.k = k
         self.dtype = "uint8"
         self.panel_shape = (T.int64(groups(k)), T.int64(block_bytes(bits)))
-        self.steps, self.block = groups(k), BLOCK_BYTES // block_bytes(bits)
+        self.steps, self.step_bytes, self.row_block = groups(k), block_bytes(bits), schedule.row_block
 
         @T.macro
         def multiply(sums, x, row_at, weight, panel, start, stop, rows, cold):
@@ -86,9 +83,6 @@ class QuantFormat:
             quantise_row(x, quantised, row, k, OFFSET[bits])
 
         self.multiply, self.quantise = multiply, quantise
-
-    def sums(self, rows: int) -> int:
-        return rows * VECTORS
 
     def inputs(self, x: Any, rows: Any) -> QuantisedRows:
         """Memory that `quantise` fills with `rows` rows of `x`."""
@@ -118,6 +112,6 @@ def quantise_rows(stored, x, inputs, rows, k):
         each_row(quantise, rows, k)
 
 
-def weight_format(k: int, dtype: str, vnni: bool) -> FloatFormat | QuantFormat:
+def weight_format(k: int, dtype: str, vnni: bool, schedule: PanelSchedule) -> FloatFormat | QuantFormat:
     """The format of weights with `k` inputs that are stored as `dtype`: float32, bfloat16, int8 or int4."""
-    return QuantFormat(k, QUANTISED[dtype], vnni) if dtype in QUANTISED else FloatFormat(k, dtype)
+    return QuantFormat(k, QUANTISED[dtype], vnni, schedule) if dtype in QUANTISED else FloatFormat(k, dtype, schedule)

@@ -1,0 +1,289 @@
+"""Schedules: the numbers by which the CPU kernels cut their work, one frozen class per family of kernels.
+
+What a result is does not depend on them beyond the order of float32 sums; how fast it is made does. Defaults follow
+the x86-64 level, because a level has a number of registers: a vector of `VECTOR` floats is one of 32 with AVX-512, two
+of 16 with AVX2, and four of 16 with SSE. The tuner (`tune`) searches among the choices that each number names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Self
+
+from v4c.errors import UnsupportedError
+
+from .levels import psabi
+from .stack import STACK_BYTES
+
+VECTOR_BYTES = 64
+BUFFER_VECTORS = STACK_BYTES // VECTOR_BYTES
+"""Vectors that one buffer of sums may have. With one more it is too large for the stack (`stack`), and LLVM writes
+every sum back to memory after every multiply-add, which is three times slower."""
+
+PANEL_VECTORS = 2
+"""Vectors per row of a packed panel (`kernels.packing`)."""
+
+
+def _knob(default: int, *choices: int) -> Any:
+    """A number of a schedule with the values that a search tries."""
+    return field(default=default, metadata={"choices": choices})
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What all schedules share: defaults by level, choices for a search, and a form for JSON."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if type(value) is not int or value < 1:
+                raise UnsupportedError(f"{type(self).__name__}: {name}: expected a positive integer, found {value!r}")
+        problem = self.problem()
+        if problem is not None:
+            raise UnsupportedError(f"{type(self).__name__}: {problem}")
+
+    def problem(self) -> str | None:
+        """Why no kernel can be made by these numbers, or None."""
+        return None
+
+    @classmethod
+    def of(cls, level: str) -> Self:
+        """The default for an x86-64 level, by its name (`levels.LEVELS`), or for ``generic``."""
+        return cls(**cls.by_level(psabi(level)))
+
+    @classmethod
+    def by_level(cls, level: str) -> dict[str, int]:
+        """What differs from the defaults of the class, which are those with AVX-512."""
+        return {}
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Any], where: str) -> Self:
+        """From the numbers by name; UnsupportedError, which begins with `where`, if they are not those of the class."""
+        expected = [f.name for f in fields(cls)]
+        if sorted(parameters) != sorted(expected):
+            raise UnsupportedError(
+                f"{where}: expected the numbers {', '.join(expected)}, found {', '.join(sorted(parameters)) or 'none'}"
+            )
+        try:
+            return cls(**parameters)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{where}: {error}") from None
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """The numbers by name."""
+        return asdict(self)
+
+    @classmethod
+    def choices(cls) -> dict[str, tuple[int, ...]]:
+        """The values that a search tries, by name."""
+        return {f.name: f.metadata["choices"] for f in fields(cls)}
+
+
+@dataclass(frozen=True)
+class PanelSchedule(Schedule):
+    """Register blocks of products with packed panels (`kernels.panel_product`, `kernels.quant_product`).
+
+    Attributes:
+        row_block: rows that are multiplied with a panel at once; what remains is done in blocks of 4, 2 and 1.
+        accumulators: vectors of float32 sums that stay in registers.
+        chains: sums of each output for a single row, which cover the latency of the multiply-add; a power of two.
+    """
+
+    row_block: int = _knob(7, 1, 2, 3, 4, 5, 6, 7)
+    accumulators: int = _knob(15, 3, 4, 6, 8, 15)
+    chains: int = _knob(4, 1, 2, 4)
+
+    @classmethod
+    def by_level(cls, level: str) -> dict[str, int]:
+        if level == "x86-64-v4":
+            return {}
+        return {"row_block": 6, "accumulators": 6} if level == "x86-64-v3" else {"row_block": 2, "accumulators": 3}
+
+    def problem(self) -> str | None:
+        most = BUFFER_VECTORS // PANEL_VECTORS
+        if self.row_block > most:
+            return f"row_block: expected at most {most}, found {self.row_block}"
+        if self.accumulators > BUFFER_VECTORS:
+            return f"accumulators: expected at most {BUFFER_VECTORS}, found {self.accumulators}"
+        if self.chains & (self.chains - 1):
+            return f"chains: expected a power of two, found {self.chains}"
+        return None
+
+    def columns(self, rows: int) -> int:
+        """Vectors of a panel that are taken at once for a block of `rows` rows: all of them if the sums find room."""
+        return PANEL_VECTORS if rows * PANEL_VECTORS <= self.accumulators else 1
+
+    def partial_sums(self, rows: int, k: int) -> int:
+        """Partial sums of each output for a block of `rows` rows: as many as help and find room, a divisor of `k`."""
+        room = self.accumulators // (rows * self.columns(rows))
+        wanted = max(1, min(self.chains // rows, room))
+        return min(1 << (wanted.bit_length() - 1), k & -k)
+
+
+@dataclass(frozen=True)
+class ProductSchedule(PanelSchedule):
+    """Projections with packed weights: dense, merged, grouped, and the router's.
+
+    Attributes:
+        block_bytes: bytes of a panel, as float32, per block of the reduction: they stay in a core's L2 cache while
+            blocks of rows pass over them. A power of two.
+        rows_per_task: rows that share one reading of a panel.
+    """
+
+    block_bytes: int = _knob(1 << 17, 1 << 14, 1 << 15, 1 << 16, 1 << 17, 1 << 18, 1 << 19)
+    rows_per_task: int = _knob(256, 8, 16, 32, 64, 128, 256)
+
+    def problem(self) -> str | None:
+        if self.block_bytes < 4096 or self.block_bytes & (self.block_bytes - 1):
+            # A group of quantised weights is about 1 KiB; partial sums share out the inputs of a block evenly.
+            return f"block_bytes: expected a power of two of at least 4096, found {self.block_bytes}"
+        return super().problem()
+
+    def for_shape(self, panels: int, k: int) -> ProductSchedule:
+        """The same with the default `rows_per_task` of a product with `panels` panels of outputs and `k` inputs."""
+        if panels < NARROW_PANELS:
+            return replace(self, rows_per_task=NARROW_ROWS)
+        whole_blocks = INPUTS_PER_TASK // k // self.row_block * self.row_block
+        return replace(self, rows_per_task=max(NARROW_ROWS, min(ROWS_PER_TASK, whole_blocks)))
+
+
+ROWS_PER_TASK = 256
+INPUTS_PER_TASK = 1 << 20
+"""Most rows of a task by default, and the elements of `x` they may have: all threads' `x` must stay in L3."""
+
+NARROW_PANELS = 16
+NARROW_ROWS = 32
+"""Outputs of fewer panels than these are by default shared out among the threads by rows as well, and no task has fewer
+rows."""
+
+
+@dataclass(frozen=True)
+class ExpertSchedule(PanelSchedule):
+    """Routed and shared experts."""
+
+
+@dataclass(frozen=True)
+class UnpackedSchedule(Schedule):
+    """Products with weights that lie as the checkpoint has them.
+
+    Attributes:
+        outputs: dot products at a time, each a vector of sums.
+    """
+
+    outputs: int = _knob(4, 1, 2, 4, 8)
+
+    @classmethod
+    def by_level(cls, level: str) -> dict[str, int]:
+        return {} if level in ("x86-64-v3", "x86-64-v4") else {"outputs": 2}
+
+    def problem(self) -> str | None:
+        return None if self.outputs <= BUFFER_VECTORS else f"outputs: expected at most {BUFFER_VECTORS}"
+
+
+@dataclass(frozen=True)
+class AttentionSchedule(Schedule):
+    """The three kernels of attention.
+
+    Attributes:
+        row_tile: rows whose scores are accumulated at once, a vector of heads each.
+        panel_tiles: such tiles in a panel of rows: five of 13 are 130 KiB at the published width of 512, and a window
+            of 128 rows is two panels.
+        head_tile: heads of a tile of the weighted sum,
+        column_vectors: times its column vectors; powers of two. Four times four are 16 accumulators for 8 loads.
+        shares: parts that the rows of a token are cut into, where tokens are too few to feed the threads; each has one
+            set of outputs, which merging reads.
+        enough_tokens: from here on tokens feed the threads.
+    """
+
+    row_tile: int = _knob(13, 2, 4, 6, 8, 13, 15)
+    panel_tiles: int = _knob(5, 2, 3, 5, 8, 11)
+    head_tile: int = _knob(4, 1, 2, 4, 8)
+    column_vectors: int = _knob(4, 1, 2, 4)
+    shares: int = _knob(4, 1, 2, 4, 8)
+    enough_tokens: int = _knob(8, 2, 4, 8, 16)
+
+    @classmethod
+    def by_level(cls, level: str) -> dict[str, int]:
+        if level == "x86-64-v4":
+            return {}
+        if level == "x86-64-v3":
+            return {"row_tile": 6, "panel_tiles": 11, "head_tile": 2, "column_vectors": 2}
+        return {"row_tile": 2, "panel_tiles": 32, "head_tile": 2, "column_vectors": 1}
+
+    def problem(self) -> str | None:
+        if self.row_tile > BUFFER_VECTORS:
+            return f"row_tile: expected at most {BUFFER_VECTORS}, found {self.row_tile}"
+        for name in ("head_tile", "column_vectors"):
+            value = getattr(self, name)
+            if value > 8 or value & (value - 1):
+                return f"{name}: expected 1, 2, 4 or 8, found {value}"
+        return None
+
+
+@dataclass(frozen=True)
+class IndexSchedule(Schedule):
+    """The lightning indexer.
+
+    Attributes:
+        accumulators: vectors of dot products that stay in registers.
+        head_vectors: vectors of heads in a group, at most; the rows scored at once are as many as then find room.
+        items: work items to make from few tokens: enough for the threads of a desktop, few enough to merge quickly.
+        range_rows: rows below which a range is not worth another transposition of the queries.
+    """
+
+    accumulators: int = _knob(15, 2, 3, 4, 6, 8, 12, 15)
+    head_vectors: int = _knob(4, 1, 2, 4)
+    items: int = _knob(16, 4, 8, 16, 32)
+    range_rows: int = _knob(512, 128, 256, 512, 1024)
+
+    @classmethod
+    def by_level(cls, level: str) -> dict[str, int]:
+        if level == "x86-64-v4":
+            return {}
+        if level == "x86-64-v3":
+            return {"accumulators": 6, "head_vectors": 2}
+        return {"accumulators": 2, "head_vectors": 1}
+
+    def problem(self) -> str | None:
+        if not self.head_vectors <= self.accumulators <= BUFFER_VECTORS:
+            return f"accumulators: expected head_vectors to {BUFFER_VECTORS}, found {self.accumulators}"
+        return None
+
+
+@dataclass(frozen=True)
+class MHCSchedule(Schedule):
+    """Hyper-connections.
+
+    Attributes:
+        part_vectors: vectors of one stream per part: with six rows of `fn` and four tokens, 64 are 40 KiB, which stays
+            in L1. It must be one run of addresses, for streams lie a power of two apart, so in the same cache sets.
+        rows_per_task: tokens that share one reading of a part of `fn`: mixing four streams, 16 touch 576 KiB, which
+            stays in L2.
+        min_tasks: with fewer tasks than these, a task is cut into one for each stream, so that no thread is idle.
+        row_block: tokens per register block.
+        output_block: rows of `fn` per register block at most. All 24 at once would thrash: they lie a power of two
+            apart, so in the same cache sets. Six fit an L1 of 12 ways.
+        serial_rows: up to so many tokens, what is left to do per token takes as long as to launch threads for it.
+    """
+
+    part_vectors: int = _knob(64, 16, 32, 64, 128)
+    rows_per_task: int = _knob(16, 4, 8, 16, 32)
+    min_tasks: int = _knob(4, 1, 2, 4, 8, 16)
+    row_block: int = _knob(2, 1, 2, 3, 4)
+    output_block: int = _knob(6, 2, 3, 4, 6, 8, 12)
+    serial_rows: int = _knob(2, 1, 2, 4, 8)
+
+    @classmethod
+    def by_level(cls, level: str) -> dict[str, int]:
+        if level == "x86-64-v4":
+            return {}
+        return {"output_block": 3} if level == "x86-64-v3" else {"row_block": 1, "output_block": 3}
+
+    def problem(self) -> str | None:
+        if self.row_block * self.output_block > BUFFER_VECTORS:
+            return (
+                f"row_block * output_block: expected at most {BUFFER_VECTORS}, "
+                f"found {self.row_block} * {self.output_block}"
+            )
+        return None
