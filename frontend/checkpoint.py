@@ -1,39 +1,37 @@
-"""A checkpoint folder as a set of named tensors, whatever naming scheme and sharding it was saved with.
+"""A checkpoint folder as a set of named tensors, whatever naming scheme, sharding and number format it was saved in.
 
-Opening reads headers only; `check` compares them with what the config calls for; `load` maps one tensor at a time,
-joining per-expert matrices. Weights come from outside, so every path stays inside the folder and every id is
-range-checked.
+Opening reads headers only; `check` compares them with what the config calls for; `load` and `tensor` map what is asked
+for, joining per-expert matrices and applying block scales. Weights come from outside, so every path stays inside the
+folder and every id is range-checked.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from v4c.errors import CheckpointError, InputError, UnsupportedError
+from v4c.errors import CheckpointError, ConfigError, InputError
 
+from .block_formats import FORMATS
 from .config import ModelConfig
-from .names import TensorInfo, canonical, expert_parts, expert_piece, is_mtp, tensor_specs
-from .safetensors_reader import StoredTensor, read_header
+from .names import TensorInfo, canonical, expert_parts, expert_piece, is_mtp, mtp_specs, scaled_weight, tensor_specs
+from .native_layout import check_quantization
+from .safetensors_reader import StoredTensor
+from .shard_index import INDEX_FILE, SINGLE_FILE, read_headers
 from .strict_json import read_object, show
+from .tensor_handle import StoredFormat, StoredMatrix, TensorHandle, stored_format
 
-SourceDtype = Literal["f32", "bf16", "f16", "int64"]
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+__all__ = ["INDEX_FILE", "SINGLE_FILE", "Checkpoint", "StoredFormat", "TensorHandle", "cast"]
 
 _NUMPY_DTYPES: dict[str, np.dtype] = {
     "f32": np.dtype(np.float32),
     "bf16": np.dtype(ml_dtypes.bfloat16),
     "f16": np.dtype(np.float16),
 }
-_FLOATS: dict[str, SourceDtype] = {"F32": "f32", "BF16": "bf16", "F16": "f16"}
-_INTEGERS: dict[str, SourceDtype] = {"I64": "int64", "I32": "int64"}
-_QUANTISED_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "I8", "U8")
-_SCALE_SUFFIXES = (".scale", ".weight_scale", ".weight_scale_inv")
 
 
 def cast(array: np.ndarray, info: TensorInfo, dtype: str | None) -> np.ndarray:
@@ -60,6 +58,8 @@ class Checkpoint:
     Attributes:
         folder: where it lies.
         config: its parsed ``config.json``.
+        specs: tensors of the model by canonical name.
+        mtp_specs: those of the MTP layers that the file holds whole; `tensor` reads them, the model does not use them.
         skipped: tensors of the MTP layers, in the file's spelling.
         unused: tensors that belong to nothing v4c knows, in the file's spelling.
     """
@@ -68,18 +68,25 @@ class Checkpoint:
         """For `open`. `stored` goes by the file's own names."""
         self.folder, self.config = folder, config
         self.specs = tensor_specs(config)
-        self._stored: dict[str, StoredTensor] = {}
         self.skipped = sorted(name for name in stored if is_mtp(config, name))
-        for name in sorted(stored.keys() - self.skipped):
-            known = canonical(name)
-            if known in self._stored:
-                raise CheckpointError(
-                    f"{folder}: {known}: expected it once, found {self._stored[known].name} and {name}"
-                )
-            self._stored[known] = stored[name]
-        self._pieces = {name: self._find(name) for name in self.specs}
+        self._stored: dict[str, StoredTensor] = {}
+        self._scales: dict[str, StoredTensor] = {}
+        for name in sorted(stored):
+            weight = scaled_weight(name)
+            known, tensors = (canonical(name), self._stored) if weight is None else (weight, self._scales)
+            if known in tensors:
+                raise CheckpointError(f"{folder}: {known}: expected it once, found {tensors[known].name} and {name}")
+            tensors[known] = stored[name]
+        extra = mtp_specs(config) if self.skipped else {}
+        self._pieces = {name: self._find(name) for name in (*self.specs, *extra)}
         used = {piece for pieces in self._pieces.values() for piece in pieces}
-        self.unused = sorted(tensor.name for known, tensor in self._stored.items() if known not in used)
+        self.unused = sorted(
+            tensor.name
+            for tensors in (self._stored, self._scales)
+            for known, tensor in tensors.items()
+            if known not in used and not is_mtp(config, tensor.name)
+        )
+        self.mtp_specs = self._whole_layers(extra)
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
@@ -88,14 +95,16 @@ class Checkpoint:
         Raises:
             ConfigError: about ``config.json``.
             CheckpointError: a file missing, damaged or outside the folder; a tensor not where the index says.
-            UnsupportedError: a model family that v4c refuses.
+            UnsupportedError: a model family or a quantisation that v4c refuses.
         """
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError(
                 f"{folder}: expected a checkpoint folder, found {'a file' if folder.exists() else 'nothing'}"
             )
-        return cls(folder, ModelConfig.from_file(folder), _read_headers(folder))
+        config = ModelConfig.from_file(folder)
+        check_quantization(read_object(folder / "config.json", ConfigError), str(folder / "config.json"))
+        return cls(folder, config, read_headers(folder))
 
     def names(self) -> tuple[str, ...]:
         """Every tensor the config calls for, by its Hugging Face name."""
@@ -103,10 +112,9 @@ class Checkpoint:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes on disk of the tensors the model uses."""
-        return sum(
-            self._stored[piece].nbytes for pieces in self._pieces.values() for piece in pieces if piece in self._stored
-        )
+        """Bytes on disk of the tensors the model uses, scales included."""
+        pieces = {piece for name in self.specs for piece in self._pieces[name]}
+        return sum(t.nbytes for tensors in (self._stored, self._scales) for p, t in tensors.items() if p in pieces)
 
     @property
     def tokenizer_path(self) -> Path | None:
@@ -114,102 +122,122 @@ class Checkpoint:
         path = self.folder / "tokenizer.json"
         return path if path.is_file() else None
 
-    def source_dtype(self, name: str) -> SourceDtype:
-        """The dtype `name` is stored in. Raises as `check` does for this tensor."""
-        self._check_tensor(name)
-        stored = self._stored[self._pieces[name][0]]
-        return (_FLOATS | _INTEGERS)[stored.dtype]
+    def identity(self) -> list[Any]:
+        """What the weights are read from: path, size and time of change of each file."""
+        files = {tensor.file for tensor in self._stored.values()}
+        return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(files) if f.exists()]
+
+    def source_dtype(self, name: str) -> StoredFormat:
+        """What `name` is stored as. Raises as `check` does for this tensor."""
+        return self._check_tensor(name)
 
     def check(self) -> None:
         """Compare all names, shapes and dtypes with the config, without reading any data.
 
         Raises:
-            CheckpointError: a tensor that is missing or has the wrong shape or dtype.
-            UnsupportedError: quantised weights.
+            CheckpointError: a tensor that is missing or has the wrong shape or dtype; scales without their weight.
+            UnsupportedError: a quantised format that v4c does not read.
         """
-        for tensor in self._stored.values():
-            if tensor.name.endswith(_SCALE_SUFFIXES) and tensor.name in self.unused:
-                raise self._quantised(tensor)
+        for known, scale in self._scales.items():
+            if known not in self._stored and not is_mtp(self.config, scale.name):
+                raise CheckpointError(
+                    f"{scale.file}: {scale.name}: expected the weight it scales beside it, found none"
+                )
         for name in self.specs:
             self._check_tensor(name)
+
+    def tensor(self, name: str) -> TensorHandle:
+        """A handle that reads slices of a tensor of floats, or its raw codes and scales.
+
+        Args:
+            name: out of `names` or of `mtp_specs`.
+
+        Raises:
+            InputError: it holds ids, which `load` reads and checks as a whole.
+            CheckpointError, UnsupportedError: as `check`.
+        """
+        form = self._check_tensor(name)
+        if form == "int64":
+            raise InputError(f"{name}: expected a tensor of floats, found ids: load reads them")
+        shape, pieces = self._info(name).shape, self._pieces[name]
+        whole = self._stored[name] if pieces == (name,) and form not in FORMATS else None
+        parts = max(1, len(pieces) // shape[0]) if pieces != (name,) else 1
+        nbytes = sum(t[p].nbytes for t in (self._stored, self._scales) for p in pieces if p in t)
+        return TensorHandle(name, shape, form, nbytes, whole, partial(self._matrix, name), parts)
 
     def load(self, name: str, dtype: str | None = None) -> np.ndarray:
         """One tensor, joined and converted; nothing is kept.
 
         Args:
             name: a Hugging Face name out of `names`.
-            dtype: ``"f32"``, ``"bf16"`` or ``"f16"`` for ``"weight"`` tensors, None for the stored one. Others are
-                float32 or int64 always.
+            dtype: ``"f32"``, ``"bf16"`` or ``"f16"`` for ``"weight"`` tensors, None for the stored one (float32 for
+                quantised ones). Others are float32 or int64 always.
 
         Returns:
             Of the shape in `names.tensor_specs`. A read-only memory map where the file already holds exactly that.
 
         Raises:
-            CheckpointError: as `check`, and for ids out of range.
+            CheckpointError: as `check`, for ids out of range, and for codes or scales that are NaN.
             InputError: an unknown `dtype`.
-            UnsupportedError: a quantised tensor.
+            UnsupportedError: a quantised format that v4c does not read.
         """
-        self._check_tensor(name)
-        info, pieces = self.specs[name], self._pieces[name]
-        if len(pieces) == 1 and pieces[0] == name:
-            array = cast(self._stored[name].map(), info, dtype)
-        else:
-            array = self._join(name, info, dtype)
-        if info.kind == "int64":
-            self._check_values(name, array)
+        if self._check_tensor(name) != "int64":
+            return cast(self.tensor(name).read(), self._info(name), dtype)
+        array = cast(self._stored[name].map(), self._info(name), dtype)
+        self._check_values(name, array)
         return array
+
+    def _info(self, name: str) -> TensorInfo:
+        return self.specs[name] if name in self.specs else self.mtp_specs[name]
 
     def _find(self, name: str) -> tuple[str, ...]:
         """Canonical names of the stored tensors that `name` is read from: itself, or its experts' matrices."""
         parts, _ = expert_parts(name)
         if not parts or name in self._stored:
             return (name,)
-        layer = int(name.split(".")[2])
-        pieces = tuple(expert_piece(layer, e, part) for e in range(self.config.n_routed_experts) for part in parts)
+        experts = range(self.config.n_routed_experts)
+        pieces = tuple(expert_piece(name, expert, part) for expert in experts for part in parts)
         return pieces if any(piece in self._stored for piece in pieces) else (name,)
 
-    def _join(self, name: str, info: TensorInfo, dtype: str | None) -> np.ndarray:
-        """Experts' matrices one below the other: for gate_up first the gate's rows, then those of up."""
-        pieces = self._pieces[name]
-        target = _float_dtype(dtype or self.source_dtype(name))
-        joined = np.empty((len(pieces), info.shape[1] * info.shape[0] // len(pieces), info.shape[2]), target)
-        for place, piece in enumerate(pieces):
-            joined[place] = self._stored[piece].map()
-        return joined.reshape(info.shape)
+    def _whole_layers(self, specs: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """The MTP layers of which every tensor is there; drafters of another make are not."""
+        lacking = {
+            name.split(".")[1] for name in specs if any(piece not in self._stored for piece in self._pieces[name])
+        }
+        return {name: info for name, info in specs.items() if name.split(".")[1] not in lacking}
 
-    def _check_tensor(self, name: str) -> None:
-        """Presence, shape and dtype of what `name` is read from."""
-        if name not in self.specs:
-            raise CheckpointError(f"{self.folder}: expected the name of a tensor of this model, found {name}")
-        info, pieces = self.specs[name], self._pieces[name]
-        wanted = info.shape
-        if pieces != (name,):
-            wanted = (info.shape[0] * info.shape[1] // len(pieces), info.shape[2])
-        allowed = _INTEGERS if info.kind == "int64" else _FLOATS
-        dtypes = set()
-        for piece in pieces:
-            stored = self._stored.get(piece)
-            if stored is None:
-                raise CheckpointError(f"{self.folder}: {piece}: expected a tensor of shape {list(wanted)}, found none")
-            if stored.dtype in _QUANTISED_DTYPES:
-                raise self._quantised(stored)
-            if stored.shape != wanted:
-                found = f"found {list(stored.shape)} ({stored.name})"
-                raise CheckpointError(f"{stored.file}: {piece}: expected shape {list(wanted)}, {found}")
-            if stored.dtype not in allowed:
-                found = f"found {stored.dtype} ({stored.name})"
-                raise CheckpointError(f"{stored.file}: {piece}: expected one of {', '.join(allowed)}, {found}")
-            dtypes.add(stored.dtype)
-        if len(dtypes) > 1:
+    def _piece_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of each tensor that `name` is read from."""
+        shape, pieces = self._info(name).shape, self._pieces[name]
+        return shape if pieces == (name,) else (shape[0] * shape[1] // len(pieces), shape[2])
+
+    def _matrix(self, name: str, place: int) -> StoredMatrix:
+        """The matrix of `name` at `place`, as `TensorHandle` counts them; shapes have been checked."""
+        pieces, shape = self._pieces[name], self._piece_shape(name)
+        piece = pieces[0] if pieces == (name,) else pieces[place]
+        stored, scale = self._stored[piece], self._scales.get(piece)
+        if len(shape) == 3:
+            stored, scale = stored.element(place), None if scale is None else scale.element(place)
+        form = None if scale is None else FORMATS[self._format_of(name, piece)]
+        return StoredMatrix(piece, shape[-2], shape[-1], form, stored, scale)
+
+    def _format_of(self, name: str, piece: str) -> StoredFormat:
+        stored = self._stored.get(piece)
+        if stored is None:
             raise CheckpointError(
-                f"{self.folder}: {name}: expected one dtype for all experts, found {', '.join(sorted(dtypes))}"
+                f"{self.folder}: {piece}: expected a tensor of shape {list(self._piece_shape(name))}, found none"
             )
+        return stored_format(piece, self._info(name), self._piece_shape(name), stored, self._scales.get(piece))
 
-    def _quantised(self, tensor: StoredTensor) -> UnsupportedError:
-        return UnsupportedError(
-            f"{tensor.file}: {tensor.name}: expected F32, BF16 or F16 weights, found {tensor.dtype}: "
-            "quantised checkpoints are not supported by this version yet"
-        )
+    def _check_tensor(self, name: str) -> StoredFormat:
+        """Presence, shape and dtype of what `name` is read from, which must be the same for all experts."""
+        if name not in self.specs and name not in self.mtp_specs:
+            raise CheckpointError(f"{self.folder}: expected the name of a tensor of this model, found {name}")
+        found = {self._format_of(name, piece): piece for piece in self._pieces[name]}
+        if len(found) > 1:
+            dtypes = ", ".join(sorted(self._stored[piece].dtype for piece in found.values()))
+            raise CheckpointError(f"{self.folder}: {name}: expected one dtype for all experts, found {dtypes}")
+        return next(iter(found))
 
     def _check_values(self, name: str, array: np.ndarray) -> None:
         """Ids index tables, and hash constants address memory: a value out of range must not get further than here."""
@@ -235,51 +263,3 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.folder}: {name}: expected values from 0 to {stop - 1}, found {array.min()} to {array.max()}"
             )
-
-
-def _read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors by the file's names. The single file wins over an index, as in transformers."""
-    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
-    if single.exists():
-        return read_header(_inside(folder, SINGLE_FILE, str(single)))
-    if not index.exists():
-        raise CheckpointError(f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither")
-    weight_map = read_object(index, CheckpointError).get("weight_map")
-    if type(weight_map) is not dict or not weight_map:
-        raise CheckpointError(
-            f"{index}: weight_map: expected an object of tensor and file names, found {show(weight_map)}"
-        )
-    shards: dict[str, dict[str, StoredTensor]] = {}
-    for name, file in weight_map.items():
-        if type(file) is not str or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: {name}: expected the name of a .safetensors file, found {show(file)}")
-        if file not in shards:
-            shards[file] = read_header(_inside(folder, file, f"{index}: {name}"))
-    for name, file in weight_map.items():
-        if name not in shards[file]:
-            others = [other for other, tensors in shards.items() if name in tensors]
-            found = f"it in {others[0]}" if others else "it nowhere"
-            raise CheckpointError(f"{index}: {name}: expected in {file}, found {found}")
-    return {name: shards[file][name] for name, file in weight_map.items()}
-
-
-def _inside(folder: Path, file: str, source: str) -> Path:
-    """The path of `file`, which must be a file in `folder` even after following links.
-
-    Hugging Face's download cache is the one exception: its snapshots are links into ``blobs`` two folders up.
-    """
-    path = folder / file
-    try:
-        resolved, root = path.resolve(), folder.resolve()
-    except (OSError, RuntimeError, ValueError) as failure:  # a loop of links; a null byte
-        raise CheckpointError(
-            f"{source}: expected a file in the checkpoint folder, found {show(file)}: {failure}"
-        ) from None
-    roots = [root]
-    if root.parent.name == "snapshots":
-        roots.append(root.parent.parent / "blobs")
-    if Path(file).is_absolute() or ".." in Path(file).parts or not any(resolved.is_relative_to(top) for top in roots):
-        raise CheckpointError(f"{source}: expected a file in the checkpoint folder, found {show(file)} outside it")
-    if not resolved.is_file():
-        raise CheckpointError(f"{source}: expected the file {path}, found none")
-    return path

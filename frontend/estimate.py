@@ -6,36 +6,24 @@ V4-Pro.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 from .config import ModelConfig
-from .names import TensorInfo, tensor_specs
+from .names import mtp_specs, tensor_specs
+from .native_layout import is_expert_stack, native_bytes
 
 WeightDtype = Literal["native", "f32", "bf16", "f16"]
 CacheDtype = Literal["f32", "bf16", "fp8"]
 
-_FP8_BLOCK = 128
-"""An FP8 matrix has one e8m0 scale byte per 128 x 128 block."""
 _FP4_GROUP = 32
-"""An FP4 row has one e8m0 scale byte per 32 columns."""
+"""An FP4 index row has one e8m0 scale byte per 32 columns."""
 _FP8_ROW_GROUP = 64
 """A deployed FP8 cache row has one scale byte per 64 dims, padded to `_FP8_ROW_ALIGNMENT` of them."""
 _FP8_ROW_ALIGNMENT = 8
 
-_FP8_MATRICES = (
-    "self_attn.q_a_proj.weight", "self_attn.q_b_proj.weight", "self_attn.kv_proj.weight", "self_attn.o_a_proj.weight",
-    "self_attn.o_b_proj.weight", "indexer.q_b_proj.weight", "shared_experts.gate_proj.weight",
-    "shared_experts.up_proj.weight", "shared_experts.down_proj.weight",
-)  # fmt: skip
 
-
-def _is_expert(name: str) -> bool:
-    return name.endswith(("mlp.experts.gate_up_proj", "mlp.experts.down_proj"))
-
-
-def _is_table(name: str) -> bool:
-    """Read by row, not multiplied with."""
+def is_table(name: str) -> bool:
+    """Whether the tensor is read by row, not multiplied with."""
     return name.endswith(("embed_tokens.weight", "engram.embedding.weight"))
 
 
@@ -54,9 +42,11 @@ def active_parameters(config: ModelConfig) -> int:
     if config.engram is not None:
         active += len(config.engram.layer_ids) * config.engram.embedding_width
     for name, info in tensor_specs(config).items():
-        if info.kind == "int64" or _is_table(name):
+        if info.kind == "int64" or is_table(name):
             continue
-        active += info.size * config.num_experts_per_tok // config.n_routed_experts if _is_expert(name) else info.size
+        active += (
+            info.size * config.num_experts_per_tok // config.n_routed_experts if is_expert_stack(name) else info.size
+        )
     return active
 
 
@@ -74,43 +64,15 @@ def weight_bytes(config: ModelConfig, dtype: WeightDtype = "native") -> int:
         if info.kind == "int64":
             total += 8 * info.size
         elif dtype == "native":
-            total += _native_bytes(name, info)
+            total += native_bytes(name, info)
         else:
             total += info.size * (4 if info.kind == "fp32" else each[dtype])
     return total
 
 
-def _native_bytes(name: str, info: TensorInfo) -> int:
-    if _is_expert(name):
-        rows, columns = info.shape[0] * info.shape[1], info.shape[2]
-        return rows * (-(-columns // 2) + -(-columns // _FP4_GROUP))
-    if name.endswith(_FP8_MATRICES):
-        rows, columns = info.shape
-        return info.size + -(-rows // _FP8_BLOCK) * -(-columns // _FP8_BLOCK)
-    return info.size * (4 if info.kind == "fp32" and "norm" not in name else 2)
-
-
 def mtp_weight_bytes(config: ModelConfig) -> int:
-    """Bytes of the published MTP layers, which v4c leaves out: published files hold `weight_bytes` plus this.
-
-    Each is a sliding layer with score routing, two FP8 projections of the hidden size that join embedding and state,
-    three norms, and an output mixer like the model's own. Embedding and head are the model's.
-    """
-    total = 0
-    hidden = config.hidden_size
-    sliding = _sliding_layer_bytes(config)
-    mixer = config.hc_mult * config.hc_mult * hidden + config.hc_mult + 1
-    blocks = -(-hidden // _FP8_BLOCK)
-    for _ in range(config.num_nextn_predict_layers):
-        total += sliding + 2 * (hidden * hidden + blocks * blocks) + 3 * 2 * hidden + 4 * mixer
-    return total
-
-
-def _sliding_layer_bytes(config: ModelConfig) -> int:
-    one = replace(config, num_hidden_layers=1, attention_types=("sliding",), mlp_types=("topk",), engram=None)
-    return sum(
-        _native_bytes(name, info) for name, info in tensor_specs(one).items() if name.startswith("model.layers.")
-    )
+    """Bytes of the published MTP layers, which v4c leaves out: published files hold `weight_bytes` plus this."""
+    return sum(native_bytes(name, info) for name, info in mtp_specs(config).items())
 
 
 def row_bytes(config: ModelConfig, kv: CacheDtype) -> tuple[int, int]:
@@ -175,9 +137,9 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
     `index_topk` best on CSA layers, where finding them costs ``2 * index_heads * index_head_dim`` per compressed row.
     """
     flops = 2 * sum(
-        info.size * config.num_experts_per_tok // config.n_routed_experts if _is_expert(name) else info.size
+        info.size * config.num_experts_per_tok // config.n_routed_experts if is_expert_stack(name) else info.size
         for name, info in tensor_specs(config).items()
-        if (info.kind == "weight" or name.endswith("fn")) and not _is_table(name)
+        if (info.kind == "weight" or name.endswith("fn")) and not is_table(name)
     )
     per_key = 4 * config.num_attention_heads * config.head_dim
     for kind in config.attention_types:

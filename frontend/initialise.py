@@ -8,32 +8,25 @@ sharding.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from v4c.errors import CheckpointError, OutputError
+from v4c.errors import CheckpointError
 
-from .checkpoint import INDEX_FILE, SINGLE_FILE, SourceDtype, cast
+from .checkpoint import StoredFormat, cast
+from .checkpoint_writer import SHARD_BYTES, Content, Entry, Progress, write_checkpoint
 from .config import ModelConfig
 from .names import TensorInfo, expert_parts, expert_piece, tensor_specs
 
-SHARD_BYTES = 2 << 30
 _BLOCK_ELEMENTS = 1 << 22
 _TABLE_BLOCK_ROWS = 4096
-_DATA_ALIGNMENT = 64
 
 StoredDtype = Literal["f32", "bf16"]
-Progress = Callable[[int, int], None]
-"""Called with bytes written and bytes in all."""
 
 
 def _generator(name: str, seed: int) -> np.random.Generator:
@@ -54,7 +47,7 @@ def _affine(name: str, info: TensorInfo) -> tuple[float, float]:
     return 0.0, gain / math.sqrt(info.shape[-1])
 
 
-def _blocks(config: ModelConfig, name: str, info: TensorInfo, seed: int) -> Iterator[np.ndarray]:
+def random_blocks(config: ModelConfig, name: str, info: TensorInfo, seed: int) -> Iterator[np.ndarray]:
     """The flattened tensor in pieces of at most `_BLOCK_ELEMENTS` floats or `_TABLE_BLOCK_ROWS` rows of ids."""
     generator = _generator(name, seed)
     if info.kind == "int64":
@@ -102,7 +95,7 @@ def random_tensor(config: ModelConfig, name: str, seed: int = 0) -> np.ndarray:
 def _random_tensor(config: ModelConfig, name: str, info: TensorInfo, seed: int) -> np.ndarray:
     result = np.empty(info.size, np.int64 if info.kind == "int64" else np.float32)
     place = 0
-    for block in _blocks(config, name, info, seed):
+    for block in random_blocks(config, name, info, seed):
         result[place : place + block.size] = block
         place += block.size
     return result.reshape(info.shape)
@@ -128,7 +121,11 @@ class RandomCheckpoint:
         """Bytes of all tensors as float32 and int64."""
         return sum(_stored_bytes(info, "f32") for info in self.specs.values())
 
-    def source_dtype(self, name: str) -> SourceDtype:
+    def identity(self) -> list[Any]:
+        """What the values follow from."""
+        return [self.config.to_dict(), self.seed]
+
+    def source_dtype(self, name: str) -> StoredFormat:
         """``"f32"`` or ``"int64"``."""
         return "int64" if self.specs[name].kind == "int64" else "f32"
 
@@ -144,14 +141,10 @@ class RandomCheckpoint:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _Entry(Entry):
     """One tensor as it will stand in a file; several consecutive ones share a `source` when a stack is split."""
 
-    name: str
     source: str
-    shape: tuple[int, ...]
-    dtype: str
-    nbytes: int
 
 
 def _stored_bytes(info: TensorInfo, dtype: StoredDtype) -> int:
@@ -170,39 +163,14 @@ def _entries(config: ModelConfig, dtype: StoredDtype, limit: int) -> Iterator[_E
         nbytes = _stored_bytes(info, dtype)
         parts, _ = expert_parts(name)
         if not parts or nbytes <= limit:
-            yield _Entry(name, name, info.shape, stored, nbytes)
+            yield _Entry(name, info.shape, stored, nbytes, name)
             continue
         experts, rows, columns = info.shape
         pieces = experts * len(parts)
         for expert in range(experts):
             for part in parts:
-                piece = expert_piece(int(name.split(".")[2]), expert, part)
-                yield _Entry(piece, name, (rows // len(parts), columns), stored, nbytes // pieces)
-
-
-def _shards(entries: Iterator[_Entry], limit: int) -> list[list[_Entry]]:
-    """Consecutive entries whose data fits `limit`; a single tensor above it gets a shard of its own."""
-    shards: list[list[_Entry]] = [[]]
-    filled = 0
-    for entry in entries:
-        if shards[-1] and filled + entry.nbytes > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(entry)
-        filled += entry.nbytes
-    return shards
-
-
-def _write_header(file: BinaryIO, shard: list[_Entry]) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for entry in shard:
-        stop = position + entry.nbytes
-        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [position, stop]}
-        position = stop
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _DATA_ALIGNMENT)
-    file.write(len(text).to_bytes(8, "little") + text)
+                piece = expert_piece(name, expert, part)
+                yield _Entry(piece, (rows // len(parts), columns), stored, nbytes // pieces, name)
 
 
 class _ValueStream:
@@ -219,7 +187,7 @@ class _ValueStream:
         """The bytes of `entry`, in pieces of some megabytes."""
         if entry.source != self.source:
             self.source, self.rest = entry.source, b""
-            self.blocks = _blocks(self.config, entry.source, self.specs[entry.source], self.seed)
+            self.blocks = random_blocks(self.config, entry.source, self.specs[entry.source], self.seed)
         wanted = entry.nbytes
         while wanted:
             if not self.rest:
@@ -252,51 +220,7 @@ def initialise(
     Raises:
         OutputError: the folder is not empty, or cannot be written; nothing is left behind.
     """
-    folder = Path(folder)
-    try:
-        if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-            raise OutputError(f"{folder}: expected no such folder, or an empty one, found something there")
-        if not folder.absolute().parent.is_dir():
-            raise OutputError(f"{folder}: expected an existing parent folder, found none")
-        building = folder.absolute().parent / f".{folder.absolute().name}.{secrets.token_hex(6)}"
-        try:
-            building.mkdir()
-            _write_all(config, building, seed, dtype, progress, shard_bytes)
-            os.replace(building, folder)
-        except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
-            raise
-    except OutputError:
-        raise
-    except OSError as failure:
-        raise OutputError(
-            f"{folder}: expected to write a checkpoint, found: {failure.strerror or failure}"
-        ) from failure
-
-
-def _write_all(
-    config: ModelConfig, folder: Path, seed: int, dtype: StoredDtype, progress: Progress | None, shard_bytes: int
-) -> None:
-    shards = _shards(_entries(config, dtype, shard_bytes), shard_bytes)
-    total, written = sum(entry.nbytes for shard in shards for entry in shard), 0
-    free = shutil.disk_usage(folder).free
-    if total > free:
-        raise OutputError(f"{folder.parent}: expected {total / 1e9:.1f} GB of free space, found {free / 1e9:.1f} GB")
-    stream = _ValueStream(config, seed, dtype)
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        weight_map |= {entry.name: name for entry in shard}
-        with (folder / name).open("wb") as file:
-            _write_header(file, shard)
-            for entry in shard:
-                for piece in stream.take(entry):
-                    file.write(piece)
-                    written += len(piece)
-                    if progress is not None:
-                        progress(written, total)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     stored = replace(config, dtype="float32" if dtype == "f32" else "bfloat16")
-    (folder / "config.json").write_text(json.dumps(stored.to_dict(), indent=2) + "\n", encoding="utf-8")
+    stream = _ValueStream(config, seed, dtype)
+    content = Content(_entries(config, dtype, shard_bytes), stream.take, stored.to_dict())
+    write_checkpoint(content, folder, progress, shard_bytes)

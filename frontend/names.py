@@ -7,7 +7,7 @@ the mix that ``save_pretrained`` of transformers 5.23 writes; `canonical` unders
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .config import ModelConfig
@@ -53,7 +53,8 @@ _PARTS = {
     "ape": "position_bias", "ffn": "mlp", "bias": "e_score_correction_bias", "w1": "gate_proj", "w2": "down_proj",
     "w3": "up_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "hc_attn_fn": "attn_hc.fn",
     "hc_attn_base": "attn_hc.base", "hc_attn_scale": "attn_hc.scale", "hc_ffn_fn": "ffn_hc.fn",
-    "hc_ffn_base": "ffn_hc.base", "hc_ffn_scale": "ffn_hc.scale",
+    "hc_ffn_base": "ffn_hc.base", "hc_ffn_scale": "ffn_hc.scale", "hc_head_fn": "hc_head.hc_fn",
+    "hc_head_base": "hc_head.hc_base", "hc_head_scale": "hc_head.hc_scale",
 }  # fmt: skip
 # Upstream's indexer owns a compressor; ours belongs to one. Applied in this order.
 _MOVED = (
@@ -71,6 +72,7 @@ _UPSTREAM_IN_LAYER = (
     "ffn.shared_experts.w1.weight", "ffn.shared_experts.w3.weight", "ffn.shared_experts.w2.weight",
     "attn_norm.weight", "ffn_norm.weight",
     "hc_attn_fn", "hc_attn_base", "hc_attn_scale", "hc_ffn_fn", "hc_ffn_base", "hc_ffn_scale",
+    "hc_head_fn", "hc_head_base", "hc_head_scale",  # of an MTP layer
 )  # fmt: skip
 _TOP_NAMES = {
     "embed.weight": "model.embed_tokens.weight",
@@ -84,6 +86,8 @@ _TOP_NAMES = {
 
 def _translate(inside: str) -> str:
     """Our name for what a file calls `inside` within a layer; a no-op on our own names."""
+    if inside == "norm.weight":  # an MTP layer's own; elsewhere the word means a compressor's norm
+        return inside
     inside = ".".join(_PARTS.get(part, part) for part in inside.split("."))
     for theirs, ours in _MOVED:
         inside = inside.replace(theirs, ours)
@@ -93,9 +97,12 @@ def _translate(inside: str) -> str:
 _UPSTREAM_OF_LAYER = {_translate(upstream): upstream for upstream in _UPSTREAM_IN_LAYER}
 _UPSTREAM_OF_TOP = {ours: upstream for upstream, ours in _TOP_NAMES.items()}
 
-_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"(layers|mtp)\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(?:ffn|mlp)\.experts\.(\d+)\.(w[123]|gate_proj|up_proj|down_proj)\.weight")
 _EXPERT_PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+# What stands behind the name of a module, or of a stack of experts, when a tensor holds the scales of its weight.
+_MODULE_SCALES = (".weight_scale_inv", ".weight_scale", ".scale")
+_STACK_SCALES = ("_proj_scale_inv", "_proj_scale")
 
 
 def tensor_specs(config: ModelConfig) -> dict[str, TensorInfo]:
@@ -208,7 +215,7 @@ def sources(config: ModelConfig, name: str) -> Source:
     match = _LAYER.search(name)
     if match is None:
         return Source((name,), "copy")
-    prefix, inside = f"layers.{match[1]}.", match[2]
+    prefix, inside = f"{match[1]}.{match[2]}.", match[3]
     if inside in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"):
         parts, join = expert_parts(name)
         experts = range(config.n_routed_experts)
@@ -226,25 +233,43 @@ def expert_parts(name: str) -> tuple[tuple[str, ...], Join]:
     return (), "copy"
 
 
-def expert_piece(layer: int, expert: int, part: str) -> str:
-    """Canonical name of one expert's matrix, spelled as ``save_pretrained`` does."""
-    return f"model.layers.{layer}.ffn.experts.{expert}.{part}.weight"
+def expert_piece(stack: str, expert: int, part: str) -> str:
+    """Canonical name of one expert's matrix out of the stacked tensor `stack`, as ``save_pretrained`` spells it."""
+    layer = stack[: stack.index("mlp.experts.")]
+    return f"{layer}ffn.experts.{expert}.{part}.weight"
 
 
 def canonical(name: str) -> str:
     """Our name for the tensor that a file calls `name`; one expert's matrix becomes its `expert_piece`.
 
-    A name that follows no known spelling comes back as it is.
+    A name that follows no known spelling comes back as it is. Tensors of MTP layers keep the prefix ``mtp.N.``.
     """
     body = name.removeprefix("model.")
     match = _LAYER.fullmatch(body)
     if match is None:
         return _TOP_NAMES.get(body, name)
-    layer, inside = int(match[1]), match[2]
-    expert = _EXPERT.fullmatch(inside)
+    prefix = f"{'model.' if match[1] == 'layers' else ''}{match[1]}.{int(match[2])}."
+    expert = _EXPERT.fullmatch(match[3])
     if expert is not None:
-        return expert_piece(layer, int(expert[1]), _EXPERT_PARTS.get(expert[2], expert[2]))
-    return f"model.layers.{layer}.{_translate(inside)}"
+        return f"{prefix}ffn.experts.{int(expert[1])}.{_EXPERT_PARTS.get(expert[2], expert[2])}.weight"
+    return prefix + _translate(match[3])
+
+
+def scaled_weight(name: str) -> str | None:
+    """Canonical name of the weight whose block scales the file's tensor `name` holds; None for any other tensor.
+
+    Upstream calls the scales of ``X.weight`` ``X.scale``, Hugging Face ``X.weight_scale_inv`` (and those of a stack of
+    experts ``gate_up_proj_scale_inv``).
+    """
+    if name.endswith("_hc.scale"):
+        return None
+    for suffix in _MODULE_SCALES:
+        if name.endswith(suffix):
+            return canonical(name.removesuffix(suffix) + ".weight")
+    for suffix in _STACK_SCALES:
+        if name.endswith(suffix):
+            return canonical(name.removesuffix(suffix) + "_proj")
+    return None
 
 
 def is_mtp(config: ModelConfig, name: str) -> bool:
@@ -253,4 +278,23 @@ def is_mtp(config: ModelConfig, name: str) -> bool:
     if body.startswith("mtp"):
         return True
     match = _LAYER.fullmatch(body)
-    return match is not None and int(match[1]) >= config.num_hidden_layers
+    return match is not None and int(match[2]) >= config.num_hidden_layers
+
+
+def mtp_specs(config: ModelConfig) -> dict[str, TensorInfo]:
+    """Every tensor of the published MTP layers, by its canonical name.
+
+    Each is a sliding layer with score routing, behind two projections that join the next token's embedding and the
+    streams, and before an mHC head and a norm of its own; embedding and output projection are the model's.
+    """
+    one = replace(config, num_hidden_layers=1, attention_types=("sliding",), mlp_types=("topk",), engram=None)
+    layer = {name: info for name, info in tensor_specs(one).items() if name.startswith("model.layers.0.")}
+    hidden, streams = config.hidden_size, config.hc_mult
+    own = {f"{name}.weight": TensorInfo((hidden, hidden), "weight") for name in ("e_proj", "h_proj")}
+    own |= {f"{name}.weight": TensorInfo((hidden,), "fp32") for name in ("enorm", "hnorm", "norm")}
+    own["hc_head.hc_fn"] = TensorInfo((streams, streams * hidden), "fp32")
+    own["hc_head.hc_base"] = TensorInfo((streams,), "fp32")
+    own["hc_head.hc_scale"] = TensorInfo((1,), "fp32")
+    inside = {name.removeprefix("model.layers.0."): info for name, info in layer.items()} | own
+    layers = range(config.num_nextn_predict_layers)
+    return {f"mtp.{depth}.{name}": info for depth in layers for name, info in inside.items()}

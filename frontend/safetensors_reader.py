@@ -7,7 +7,8 @@ https://github.com/huggingface/safetensors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,9 @@ class StoredTensor:
         """Bytes on disk."""
         return self.stop - self.start
 
-    def map(self) -> np.ndarray:
-        """The data as a read-only memory map (a copy where the file leaves it unaligned), in its stored dtype.
+    def map(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The data, or that of ``[start, stop)`` along the first axis, as a read-only memory map in its stored dtype
+        (a copy where the file leaves it unaligned). What is not asked for is not mapped.
 
         Raises:
             CheckpointError: the file shrank or vanished since its header was read.
@@ -67,16 +69,40 @@ class StoredTensor:
             raise UnsupportedError(
                 f"{self.file}: {self.name}: expected one of {', '.join(_ARRAY_DTYPES)}, found {self.dtype}"
             )
-        if self.nbytes == 0:
-            return np.zeros(self.shape, dtype)
+        shape = self.shape
+        if not shape:
+            return np.require(self._bytes(0, self.nbytes).view(dtype).reshape(()), requirements="A")
+        start, stop, _ = slice(start, stop).indices(shape[0])
+        row = dtype.itemsize * math.prod(shape[1:])
+        array = self._bytes(start * row, stop * row).view(dtype).reshape(stop - start, *shape[1:])
+        return np.require(array, requirements="A")
+
+    def raw(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The bytes of ``[start, stop)`` along the first axis, uint8 ``[stop - start, bytes]``; raises as `map`.
+
+        For formats that NumPy has no type for.
+        """
+        start, stop, _ = slice(start, stop).indices(self.shape[0])
+        row = self.nbytes // self.shape[0] if self.shape[0] else 0
+        return self._bytes(start * row, stop * row).reshape(stop - start, row)
+
+    def element(self, index: int) -> StoredTensor:
+        """The tensor at `index` of the first axis."""
+        each = self.nbytes // self.shape[0]
+        start = self.start + index * each
+        return replace(self, name=f"{self.name}[{index}]", shape=self.shape[1:], start=start, stop=start + each)
+
+    def _bytes(self, start: int, stop: int) -> np.ndarray:
+        """uint8; `start` and `stop` count from the tensor's first byte."""
+        if start == stop:
+            return np.zeros(0, np.uint8)
         try:
-            data = np.memmap(self.file, dtype=np.uint8, mode="r", offset=self.start, shape=(self.nbytes,))
+            data = np.memmap(self.file, np.uint8, mode="r", offset=self.start + start, shape=(stop - start,))
         except (OSError, ValueError) as failure:
             raise CheckpointError(
-                f"{self.file}: {self.name}: expected {self.nbytes} bytes at {self.start}, found: {failure}"
+                f"{self.file}: {self.name}: expected {stop - start} bytes at {self.start + start}, found: {failure}"
             ) from None
-        array = np.asarray(data).view(dtype).reshape(self.shape)
-        return np.require(array, requirements="A")
+        return np.asarray(data)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

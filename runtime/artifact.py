@@ -28,6 +28,9 @@ _MAP_NORESERVE = 0x4000  # Linux, x86 and Arm; Python's mmap names it from 3.13 
 VERIFY = ("all", "code")
 """What to hash before loading: every file, or the library alone (sizes are always checked)."""
 
+DRIVEN = ("cpu", "ascend-sim")
+"""Targets whose libraries run on the processor."""
+
 
 class Artifact:
     """A folder that a compilation wrote, verified on opening.
@@ -70,8 +73,11 @@ class Artifact:
             ArtifactError: this machine is of another kind, lacks CPU features, or has another version of TVM.
         """
         target = self.manifest.target
-        if target.name.partition(":")[0] != "cpu":
-            raise UnsupportedError(f"{self.path}: expected target cpu, which this runtime drives, found {target.name}")
+        if target.name.partition(":")[0] not in DRIVEN:
+            drives = ", or ".join(DRIVEN)
+            raise UnsupportedError(
+                f"{self.path}: expected target {drives}, which this runtime drives, found {target.name}"
+            )
         if target.arch != platform.machine():
             raise ArtifactError(f"{self.path}: compiled for {target.arch}, this machine is {platform.machine()}")
         missing = missing_cpu_features(target)

@@ -106,7 +106,7 @@ class Target:
     """The machine the library is for.
 
     Attributes:
-        name: ``"cpu"`` and so on.
+        name: ``"cpu:x86-64-v4"``, or ``"ascend-sim:Ascend910B1"`` for a simulation, and so on.
         arch: as `platform.machine` names it, such as ``"x86_64"``.
         cpu_features: flags that ``/proc/cpuinfo`` must list, such as ``"avx512f"`` (the kernel's names, not LLVM's).
     """
@@ -141,6 +141,7 @@ class Manifest:
         caches: caches in argument order.
         entry_points: entry point (`ENTRY_POINTS`, perhaps `DECODE_ONE`) to the name of its function in the library.
         build: free notes on how it was compiled (options, passes), for `v4c inspect`.
+        plan: file name of the launch plan of a simulated device, or None.
         weights: weights in argument order.
         library: file name of the compiled library.
         tokenizer: file name of the tokenizer, or None.
@@ -158,6 +159,7 @@ class Manifest:
     caches: tuple[CacheSpec, ...]
     entry_points: Mapping[str, str]
     build: Mapping[str, Any] = field(default_factory=dict)
+    plan: str | None = None
     weights: tuple[StoredWeight, ...] = ()
     library: str = ""
     tokenizer: str | None = None
@@ -193,6 +195,7 @@ class Manifest:
                 for name, function in self.entry_points.items()
             },
             "build": dict(self.build),
+            **({"plan": self.plan} if self.plan is not None else {}),
             "weights": [{**vars(weight), "shape": list(weight.shape)} for weight in self.weights],
             "library": self.library,
             "tokenizer": self.tokenizer,
@@ -236,6 +239,7 @@ class Manifest:
             ),
             entry_points=_entry_points(top.section("entry_points")),
             build=top.mapping("build"),
+            plan=_listed(top, "plan", top.optional_text("plan") if "plan" in document else None, files),
             weights=tuple(
                 _weight(Fields(weight, f"{where}: weights[{i}]"), files)
                 for i, weight in enumerate(top.take("weights", list, "a list"))

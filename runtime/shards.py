@@ -23,6 +23,11 @@ class Shard:
     header: bytes
     weights: tuple[StoredWeight, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return self.weights[-1].offset + self.weights[-1].nbytes
+
 
 def plan_shards(specs: Sequence[WeightSpec], shard_bytes: int) -> list[Shard]:
     """Divide ``specs``, in order, into files of at most ``shard_bytes`` bytes of tensors, and at least one tensor."""

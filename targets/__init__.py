@@ -1,19 +1,56 @@
-"""Targets by name: ``cpu``, and in later versions ``cuda`` and ``ascend``."""
+"""Targets by name: ``cpu`` and ``ascend``, and in later versions ``cuda``."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, TypeVar
+
 from v4c.errors import UnsupportedError
 
-from .base import Target
+if TYPE_CHECKING:
+    from v4c.progress import Progress
 
-NAMES = ("cpu",)
+    from .ascend.tile_database import TileDatabase
+    from .base import Target
+    from .cpu.tuning_database import TuningDatabase
+
+Kind = TypeVar("Kind")
+
+NAMES = ("cpu", "ascend")
 
 
-def find(text: str) -> Target:
-    """The target a string such as ``cpu`` or ``cpu:x86-64-v3`` names; UnsupportedError lists what there is."""
+def find(
+    text: str,
+    tuning: TuningDatabase | TileDatabase | None = None,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> Target:
+    """The target that a string such as ``cpu:x86-64-v3`` or ``ascend:Ascend910B1`` names.
+
+    Args:
+        text: name, and after a colon the variant: an x86-64 level, or a device.
+        tuning: schedules of CPU kernels to prefer to those that come with v4c, or tiles of Ascend products.
+        strict: whether a kernel that the device does not take is an error, rather than left to the host.
+        progress: told of what the target does on its own, such as checking kernels.
+
+    Raises:
+        UnsupportedError: no such target, which is listed, or variant, or something it needs is not installed.
+    """
     name, _, variant = text.partition(":")
     if name == "cpu":
         from .cpu.target import CPUTarget
+        from .cpu.tuning_database import TuningDatabase
 
-        return CPUTarget.parse(variant)
+        return CPUTarget.parse(variant, _of_kind(tuning, TuningDatabase, text))
+    if name == "ascend":
+        from .ascend.target import AscendTarget
+        from .ascend.tile_database import TileDatabase
+
+        return AscendTarget.parse(variant, _of_kind(tuning, TileDatabase, text), strict, progress)
     raise UnsupportedError(f"target {text!r}: expected one of {', '.join(NAMES)} (optionally :variant)")
+
+
+def _of_kind(tuning: Any, kind: type[Kind], text: str) -> Kind | None:
+    """`tuning` if it is of the target's kind; UnsupportedError where it was made for another target."""
+    if tuning is None or isinstance(tuning, kind):
+        return tuning
+    raise UnsupportedError(f"tuning: expected a {kind.__name__} for target {text}, found a {type(tuning).__name__}")

@@ -6,14 +6,15 @@ Adding a target is one folder with an object of this protocol and an entry in `t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from v4c.passes.pipeline import PassOptions
 from v4c.passes.relax.kernels import Kernels
-from v4c.passes.relax.layouts import WeightSpec
+from v4c.passes.relax.layouts import Storage, WeightSpec
 
 
 class Target(Protocol):
@@ -31,8 +32,36 @@ class Target(Protocol):
     def kernels(self) -> Kernels:
         """Kernel factories and packed shapes."""
 
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What the manifest's build notes say about the kernels that were asked for so far; may be empty."""
+
     def pack(self, weight: WeightSpec, array: np.ndarray) -> np.ndarray:
         """A weight as the kernels read it: converted to its storage dtype and packed; `array` joins merged parts."""
 
     def build(self, module: Any, library: Path, options: PassOptions) -> dict[str, list[Any]]:
         """Lower and compile a Relax module into a shared library; returns its `kernel_table`."""
+
+
+@runtime_checkable
+class Simulated(Protocol):
+    """A target with needs of its own: its kernels set storage and passes, and more than a library comes out."""
+
+    @property
+    def without_passes(self) -> tuple[str, ...]:
+        """Passes that make operators for which it has no kernel."""
+
+    @property
+    def cache_dtypes(self) -> Mapping[str, str]:
+        """Storage of caches that is not the graph's, by the last part of their names."""
+
+    def storage(self, asked: Storage) -> Storage:
+        """What weights are stored as for what was asked; UnsupportedError where its kernels read nothing like it."""
+
+    @property
+    def plan_file(self) -> str:
+        """Name of the launch plan among `attachments`."""
+
+    @property
+    def attachments(self) -> Mapping[str, bytes]:
+        """After `build`: further files of the artifact by name."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from v4c.frontend.config import ModelConfig
     from v4c.frontend.presets import preset
     from v4c.inspection import inspect
+    from v4c.tuning import tune
     from v4c.verification import verify
 
 _LAZY = {
@@ -32,6 +33,7 @@ _LAZY = {
     "load": "v4c.api",
     "bench": "v4c.benchmark",
     "inspect": "v4c.inspection",
+    "tune": "v4c.tuning",
     "verify": "v4c.verification",
     "preset": "v4c.frontend.presets",
     "ModelConfig": "v4c.frontend.config",
@@ -52,6 +54,7 @@ __all__ = [
     "inspect",
     "load",
     "preset",
+    "tune",
     "verify",
 ]
 

@@ -26,31 +26,46 @@ def export(
     dtype: str = "f32",
     weights: bool = True,
     all_logits: bool = False,
+    dry_run: bool = False,
     progress: Progress | None = None,
-) -> Path:
-    """Export a checkpoint as ONNX with v4c's custom ops, runnable by any runtime with the standard operators.
+) -> Path | dict[str, Any]:
+    """Export a checkpoint as ONNX with v4c's custom ops and bodies of standard ones for them, or as MLIR.
 
     Args:
         source: folder of a Hugging Face checkpoint, or a `ModelConfig` for random weights (seed 0).
-        path: the file to write; weights go to ``<path>.data`` beside it.
-        format: ``onnx``.
+        path: the file to write; weights go to ``<path>.data`` beside it (MLIR: ``<path>.safetensors``).
+        format: ``onnx``, or ``mlir``: linalg, through torch-mlir (the extra ``mlir``).
         dtype: storage of the weight matrices: ``f32``, ``bf16`` or ``f16``; arithmetic is float32.
-        weights: False leaves the weights out: they become graph inputs.
+        weights: False leaves the weights out: they become graph inputs (MLIR: arguments of ``@main``).
         all_logits: logits of every token instead of each row's last live one.
+        dry_run: report what would be written instead of writing it.
         progress: called with (what, done, total).
 
     Returns:
-        The path written.
+        The path written, or the report of a dry run.
 
     Raises:
         v4c.Error: bad input or an output that cannot be written; nothing is left behind.
     """
     from v4c.frontend.onnx_export import WEIGHT_DTYPES, attach_weights, build, check_destination, save
 
-    _one_of("format", format, ("onnx",))
+    _one_of("format", format, ("onnx", "mlir"))
     _one_of("dtype", dtype, tuple(WEIGHT_DTYPES))
     target = Path(path)
+    if dry_run:
+        from v4c.export_plan import plan
+
+        return plan(_config(_open(source, weights)), format=format, dtype=dtype, weights=weights)
     check_destination(target)
+    if format == "mlir":
+        from v4c.frontend.mlir import export as mlir
+
+        mlir.require_torch_mlir()
+        opened = _open(source, weights)
+        mlir.export(
+            _config(opened), target, opened if weights else None, all_logits=all_logits, dtype=dtype, progress=progress
+        )
+        return target
     opened = _open(source, weights)
     model = build(_config(opened), all_logits=all_logits, dtype=dtype, progress=progress)
     if weights:
@@ -70,6 +85,8 @@ def compile(
     weights: bool = True,
     disable_passes: Collection[str] = (),
     dump_ir: str | os.PathLike[str] | None = None,
+    tuning: str | os.PathLike[str] | None = None,
+    strict: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Path | dict[str, Any]:
@@ -78,13 +95,19 @@ def compile(
     Args:
         source: folder of a checkpoint, ``.onnx`` file written by `export`, or a `ModelConfig` for random weights.
         path: folder to create; it may exist only if empty.
-        target: ``cpu`` (this machine) or ``cpu:LEVEL`` with an x86-64 level.
-        dtype: storage of the weight matrices: ``f32`` or ``bf16``; arithmetic is float32.
-        quant: ``none``.
+        target: ``cpu`` (this machine) or ``cpu:LEVEL`` with an x86-64 level; ``ascend`` or ``ascend:DEVICE``, such as
+            ``ascend:Ascend950PR_9599``: programs for the device, and an x86 simulation of them that `load` runs.
+        dtype: storage of the weight matrices: ``f32`` or ``bf16``; arithmetic is float32. Ascend stores ``f32`` as
+            float16.
+        quant: ``none``, ``int8`` or ``int4``: quantisation of the matrices of products, 32 weights to a float16 scale;
+            the rows they are multiplied with are rounded to 8 bits likewise. The embedding stays as `dtype` has it;
+            norms, routers, hyper-connections and sinks stay float32.
         kv: storage of the caches: ``f32``.
         weights: False builds the library alone; the artifact can be inspected, not run.
         disable_passes: names of optional passes to leave out.
         dump_ir: folder for the module's text after every pass.
+        tuning: database that `tune` wrote; its schedules take the place of the defaults.
+        strict: a kernel that the device does not take is an error; otherwise the host runs it. Of Ascend only.
         dry_run: report what would be written instead of writing it.
         progress: called with (what, done, total).
 
@@ -94,14 +117,18 @@ def compile(
     Raises:
         v4c.Error: bad input or an output that cannot be written; nothing is left behind.
     """
-    from v4c.compiler import DTYPES, compile_model, plan, storage_of
+    from v4c.compiler import DTYPES, QUANTISED, compile_model, plan, storage_of
+    from v4c.tuning import read_tuning
 
     _one_of("dtype", dtype, tuple(DTYPES))
-    _one_of("quant", quant, ("none",))
+    _one_of("quant", quant, ("none", *QUANTISED))
     _one_of("kv", kv, ("f32",))
     opened = _open(source, weights)
+    database = None if tuning is None else read_tuning(Path(tuning), target)
     if dry_run:
-        return plan(opened, target=target, storage=storage_of(dtype, quant), disable_passes=disable_passes)
+        return plan(
+            opened, target=target, storage=storage_of(dtype, quant), disable_passes=disable_passes, tuning=database
+        )
     return compile_model(
         opened,
         Path(path),
@@ -110,6 +137,8 @@ def compile(
         weights=weights,
         disable_passes=disable_passes,
         dump_ir=None if dump_ir is None else Path(dump_ir),
+        tuning=database,
+        strict=strict,
         progress=progress,
     )
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from v4c.benchmark_limits import Limits, machine
 from v4c.benchmark_profile import Kernels, Launch, against, launches, rows, typical, write_trace
-from v4c.errors import ArtifactError, OutputError
+from v4c.errors import ArtifactError, OutputError, UnsupportedError
 from v4c.passes.cost import Cost
 from v4c.progress import Progress
 from v4c.runtime.inputs import checked_count
@@ -66,6 +66,7 @@ def bench(
 
     Raises:
         ArtifactError: it cannot be run, or was compiled before there was a `bench`.
+        UnsupportedError: it is the simulation of another device.
         InputError: an argument is out of range.
         OutputError: the trace cannot be written.
     """
@@ -73,6 +74,8 @@ def bench(
         raise OutputError(f"{trace}: expected a file name in an existing folder")
     rounds = checked_count(rounds, "rounds", 1)
     model = load(path, threads=threads)
+    if model.manifest.plan is not None:
+        raise UnsupportedError(f"{path}: expected a model compiled to run, found a simulation: its speed says nothing")
     kernels = model.manifest.build.get("kernels")
     if kernels is None:
         raise ArtifactError(f"{path}: expected a table of kernels in the manifest, found none: compile it again")

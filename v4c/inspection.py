@@ -15,8 +15,9 @@ from v4c.errors import Error, InputError
 
 if TYPE_CHECKING:
     from v4c.frontend.config import ModelConfig
+    from v4c.runtime.manifest import Manifest
 
-__all__ = ["CONTEXTS", "costs", "inspect"]
+__all__ = ["CONTEXTS", "costs", "inspect", "inspect_preset"]
 
 CONTEXTS = (4096, 131072, 1048576)
 """Context lengths at which a token's FLOPs and a sequence's cache are given: 4k, 128k and 1M."""
@@ -39,10 +40,10 @@ _PARTS = (
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Describe a checkpoint folder, an ONNX file, an artifact folder, or a folder that ``--dump-ir`` filled.
+    """Describe a checkpoint folder, an ONNX or MLIR file, an artifact folder, or a folder that ``--dump-ir`` filled.
 
     Returns:
-        JSON-able. Always ``kind`` (``"checkpoint"``, ``"onnx"``, ``"artifact"`` or ``"dump"``), ``path``, and
+        JSON-able. Always ``kind`` (``"checkpoint"``, ``"onnx"``, ``"mlir"``, ``"artifact"``, ``"dump"``), ``path``, and
         ``problem``: a line on what keeps v4c from using it, or None. Where the config is known also ``config`` and
         ``costs`` (see `costs`). Of a dump: ``context``, and per stage in ``stages`` the nodes, and of one decode step
         at that context the kernel launches (whole step, and of one run of each function), bytes moved and FLOPs.
@@ -55,7 +56,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"{path}: expected a checkpoint, an ONNX file, an artifact or a dump, found nothing")
     if path.is_file():
-        return _onnx_file(path)
+        return _mlir_file(path) if path.suffix == ".mlir" else _onnx_file(path)
     from v4c.passes.summary import SUMMARY, read_summary
 
     if (path / SUMMARY).exists():
@@ -63,9 +64,55 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     return _artifact(path) if (path / "manifest.json").exists() else _checkpoint(path)
 
 
-def costs(config: ModelConfig) -> dict[str, Any]:
-    """Parameters, active parameters, and per context of `CONTEXTS` the FLOPs of a token and the bytes of the caches."""
+def inspect_preset(name: str) -> dict[str, Any]:
+    """Describe a known size as `inspect` describes files: what a checkpoint of it and artifacts from it take.
+
+    Returns:
+        ``kind`` (``"preset"``), ``path`` (its name), ``problem`` (None), ``config``, ``costs``; ``tensors`` and
+        ``bytes_by_part`` of a published checkpoint, MTP layers included; ``weight_bytes`` by storage, and for each
+        storage of `v4c.compile` about how large the artifact (``artifact_bytes``) and the memory that packing takes
+        (``peak_memory_bytes``) are.
+
+    Raises:
+        ConfigError: no such preset.
+    """
     from v4c.frontend import estimate
+    from v4c.frontend.names import mtp_specs, sources, tensor_specs
+    from v4c.frontend.native_layout import native_bytes, native_format
+    from v4c.frontend.presets import preset
+    from v4c.packing_memory import peak_bytes_of
+
+    config = preset(name)
+    specs, extra = tensor_specs(config), mtp_specs(config)
+    parts: Counter[str] = Counter()
+    tensors = 0
+    for tensor, info in (specs | extra).items():
+        parts["MTP layers" if tensor in extra else part_of(tensor)] += native_bytes(tensor, info)
+        scaled = native_format(tensor, info) in ("fp8", "fp4")
+        tensors += len(sources(config, tensor).pieces) * (2 if scaled else 1)
+    formats: tuple[estimate.WeightDtype, ...] = ("native", "f32", "bf16", "f16")
+    weight_bytes = {dtype: estimate.weight_bytes(config, dtype) for dtype in formats}
+    return {
+        "kind": "preset",
+        "path": name,
+        "problem": None,
+        **_model(config),
+        "tensors": tensors,
+        "bytes": parts.total(),
+        "bytes_by_part": dict(parts),
+        "weight_bytes": weight_bytes,
+        "artifact_bytes": {dtype: weight_bytes[dtype] for dtype in ("f32", "bf16")},
+        "peak_memory_bytes": peak_bytes_of(config),
+    }
+
+
+def costs(config: ModelConfig) -> dict[str, Any]:
+    """Parameters, active parameters, and per context of `CONTEXTS` the FLOPs of a token and the bytes of the caches.
+
+    ``against_v32`` gives FLOPs and cache as shares of DeepSeek-V3.2's at 1M (`v4c.frontend.v32`).
+    """
+    from v4c.frontend import estimate
+    from v4c.frontend.v32 import against_v32
 
     formats: tuple[estimate.CacheDtype, ...] = ("f32", "bf16", "fp8")
     return {
@@ -76,6 +123,7 @@ def costs(config: ModelConfig) -> dict[str, Any]:
             kv: {str(context): estimate.cache_bytes(config, context, kv) for context in CONTEXTS} for kv in formats
         },
         "cache_bytes_per_token": estimate.cache_bytes_per_token(config),
+        "against_v32": against_v32(config),
     }
 
 
@@ -148,6 +196,15 @@ def _onnx_file(path: Path) -> dict[str, Any]:
     return {"kind": "onnx", "path": str(path), **model, **described}
 
 
+def _mlir_file(path: Path) -> dict[str, Any]:
+    from v4c.frontend.config import ModelConfig
+    from v4c.inspection_mlir import describe
+
+    described, config = describe(path)
+    model = _model(ModelConfig.from_dict(config, f"{path}: v4c.config")) if config is not None else {}
+    return {"kind": "mlir", "path": str(path), **model, **described}
+
+
 def _artifact(folder: Path) -> dict[str, Any]:
     from v4c.frontend.config import ModelConfig
     from v4c.runtime.artifact import read_manifest
@@ -172,7 +229,17 @@ def _artifact(folder: Path) -> dict[str, Any]:
         "bytes": sum(weights.values()),
         "bytes_by_dtype": dict(weights),
         "tokenizer": manifest.tokenizer is not None,
+        **_plan(folder, manifest),
     }
+
+
+def _plan(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """Of an artifact that simulates a device: its launch plan in numbers, and what it costs at the device's peaks."""
+    if manifest.plan is None or not (folder / manifest.plan).is_file():
+        return {}
+    from v4c.targets.ascend.report import describe, read_plan
+
+    return {"plan": describe(read_plan(folder / manifest.plan), manifest.entry_points)}
 
 
 def _damage(folder: Path, sizes: dict[str, int]) -> str | None:

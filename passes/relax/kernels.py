@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from v4c.custom_ops import CustomOp, TensorSpec
 
@@ -52,3 +52,11 @@ class Kernels(Protocol):
 
     def packed(self, weight: WeightSpec) -> TensorSpec:
         """Shape and dtype a weight has in memory."""
+
+
+@runtime_checkable
+class Adds(Protocol):
+    """Kernels of a target that leaves no arithmetic on activations to TVM's own loops."""
+
+    def add(self, width: int) -> Kernel:
+        """Two ``[rows, D]`` to their sum."""

@@ -28,6 +28,7 @@ class Layout(StrEnum):
     GATE_UP = "gate_up"  # [..., 2F, D], gate and up projection of an expert, or of each of a stack
     EXPERTS_DOWN = "experts_down"  # [..., D, F]
     ROUTER = "router"  # [E, D], a product like LINEAR, kept in float32: rounding would change the choice
+    CONVOLUTION = "convolution"  # [D, taps], one filter per channel, float32
 
 
 PRODUCT_LAYOUTS = frozenset(
@@ -44,7 +45,7 @@ class Storage:
     """What weights are stored as; routers, norms, mHC weights, sinks and biases are always float32.
 
     Attributes:
-        tables: dtype of tables that rows are taken from: ``float32`` or ``bfloat16``.
+        tables: dtype of tables that rows are taken from: ``float32``, ``bfloat16`` or ``float16``.
         products: dtype of the matrices of products: one of these, or ``int8`` or ``int4``.
     """
 
@@ -67,7 +68,7 @@ class WeightSpec:
         layout: how it is packed.
         shape: shape before packing.
         groups: number of diagonal blocks (`Layout.GROUPED_LINEAR` only, else 1).
-        dtype: storage dtype: ``float32``, ``bfloat16``, ``int64``, or ``int8`` or ``int4`` with scales.
+        dtype: storage dtype: ``float32``, ``bfloat16``, ``float16``, ``int64``, or ``int8`` or ``int4`` with scales.
         parts: of a weight merged from several tensors along axis 0, their names and shapes; otherwise empty.
     """
 
@@ -153,6 +154,9 @@ _BY_INPUT: dict[tuple[str, str], dict[int, Layout]] = {
     ("", "MatMul"): {1: Layout.LINEAR_KN},
     ("", "Gather"): {0: Layout.TABLE},
     (DOMAIN, "EngramLookup"): {0: Layout.TABLE},
+    (DOMAIN, "EngramHash"): {1: Layout.TABLE},
+    (DOMAIN, "HashRoute"): {2: Layout.TABLE},
+    (DOMAIN, "EngramGateConv"): {6: Layout.CONVOLUTION},
     (DOMAIN, "GroupedExperts"): {3: Layout.GATE_UP, 4: Layout.EXPERTS_DOWN},
     (DOMAIN, "MixtureOfExperts"): {
         3: Layout.GATE_UP, 4: Layout.EXPERTS_DOWN, 5: Layout.GATE_UP, 6: Layout.EXPERTS_DOWN,

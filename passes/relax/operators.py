@@ -17,6 +17,7 @@ from tvm import relax, tirx
 from v4c.errors import UnsupportedError
 
 from . import products
+from .kernels import Adds
 from .layouts import Layout
 from .values import Parts, Shape, WeightUse
 
@@ -289,9 +290,23 @@ def _fold(apply: Callable[[Any, Any], Any]) -> Converter:
 CONVERTERS.update(Clip=_clip, Min=_fold(R.minimum), Max=_fold(R.maximum))
 
 
-CONVERTERS |= {"MatMul": products.matmul, "RMSNormalization": products.rms_norm}
+def _add(importer: Importer, args: list[Any], attributes: dict[str, Any], outputs: int) -> list[Any]:
+    """Add: a kernel of the target, where it has one, for two activations of one shape."""
+    kernels, dims = importer.kernels, dims_of(args[0])
+    activations = all(isinstance(a, relax.Expr) and str(a.ty.dtype) == "float32" for a in args)
+    alike = activations and len(dims) == len(dims_of(args[1]))
+    if not (alike and isinstance(kernels, Adds) and all(map(_same, dims, dims_of(args[1])))):
+        return _ADD(importer, args, attributes, outputs)
+    flats = [importer.rows(a, dims[-1])[0] for a in args]
+    kernel = importer.kernel(kernels.add(dims[-1]), "Add", 2)
+    out = importer.builder.emit(R.call_tir(kernel, flats, flats[0].ty))
+    return [_reshaped(importer, out, dims)]
+
+
+_ADD = CONVERTERS["Add"]
+CONVERTERS |= {"Add": _add, "MatMul": products.matmul, "RMSNormalization": products.rms_norm}
 
 
 def _float(importer: Importer, x: Any) -> Any:
     """Rows taken from a half-precision table, as float32."""
-    return importer.builder.emit(R.astype(x, "float32")) if str(x.ty.dtype) == "bfloat16" else x
+    return importer.builder.emit(R.astype(x, "float32")) if str(x.ty.dtype) in ("bfloat16", "float16") else x

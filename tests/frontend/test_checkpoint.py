@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
-from v4c.errors import CheckpointError, ConfigError, InputError, UnsupportedError
+from v4c.errors import CheckpointError, ConfigError, InputError
 from v4c.frontend.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from v4c.frontend.config import ModelConfig
 from v4c.frontend.initialise import RandomCheckpoint
@@ -227,17 +227,17 @@ def test_experts_of_mixed_dtype(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "message"),
     [
-        {"layers.0.attn.wq_a.scale": torch.ones(1, 1)},
-        {"model.layers.0.self_attn.q_a_proj.weight_scale_inv": torch.ones(1, 1)},
-        {"lm_head.weight": torch.zeros(40, 24).to(torch.float8_e4m3fn)},
-        {"lm_head.weight": torch.zeros(40, 12, dtype=torch.int8)},
+        ({"layers.0.attn.wq_a.scale": torch.ones(1, 1)}, "beside scales, found F32"),
+        ({"model.layers.0.self_attn.q_a_proj.weight_scale_inv": torch.ones(1, 1)}, "beside scales, found F32"),
+        ({"lm_head.weight": torch.zeros(40, 24).to(torch.float8_e4m3fn)}, "expected block scales for F8_E4M3"),
+        ({"lm_head.weight": torch.zeros(40, 12, dtype=torch.int8)}, "expected block scales for I8"),
     ],
 )
-def test_quantised_checkpoints_are_refused(changes: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_scales_and_codes_belong_together(changes: dict[str, torch.Tensor], message: str, tmp_path: Path) -> None:
     write(tmp_path, changed(**changes))
-    with pytest.raises(UnsupportedError, match="quantised checkpoints are not supported by this version yet"):
+    with pytest.raises(CheckpointError, match=message):
         Checkpoint.open(tmp_path).check()
 
 

@@ -196,7 +196,7 @@ def test_failures_leave_nothing(
 
 
 def test_a_model_larger_than_the_disk_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**9))
     with pytest.raises(OutputError, match=r"expected 12\.9 GB of free space, found 1\.0 GB"):
         initialise(preset("flash-slice"), tmp_path / "slice", dtype="bf16", progress=interrupted)
     assert list(tmp_path.iterdir()) == []

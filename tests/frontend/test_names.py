@@ -104,7 +104,7 @@ def test_canonical_spellings() -> None:
     ):
         assert canonical(spelling) == kv_norm
     for spelling in ("layers.7.ffn.experts.11.w3.weight", "model.layers.7.mlp.experts.11.up_proj.weight"):
-        assert canonical(spelling) == expert_piece(7, 11, "w3")
+        assert canonical(spelling) == expert_piece("model.layers.7.mlp.experts.gate_up_proj", 11, "w3")
     indexer_norm = "model.layers.2.self_attn.compressor.indexer.kv_norm.weight"
     for spelling in (
         "attn.indexer.compressor.norm",

@@ -42,7 +42,7 @@ def test_a_recorder_notes_arguments_instead_of_times(model: Model) -> None:
     assert recorder.take() == []
     given = dict(zip(names, recorder.take_arguments(), strict=True))
     assert given["step"] == (
-        Argument((2, 1), "int64"), Argument((2,), "int64"), Argument((2,), "int64"),
+        Argument((2, 1), "int64"), Argument((2,), "int64", (1, 1)), Argument((2,), "int64", (1, 1)),
         Argument((2, WINDOW, VOCAB), "float32"), Argument((2, 16 // RATIO, VOCAB), "bfloat16"),
         Argument((VOCAB,), "bfloat16"), Argument((VOCAB, VOCAB), "float32"), Argument((2, 1, VOCAB), "float32"),
     )  # fmt: skip

@@ -174,7 +174,7 @@ def test_verify_as_a_process(tiny_artifact: Path, tiny_checkpoint: Path) -> None
     result = shell(["verify", tiny_artifact, "-m", tiny_checkpoint, "--json"])
     assert (result.returncode, result.stderr) == (0, "")
     document = json.loads(result.stdout)
-    assert list(document) == ["max_abs_diff", "argmax_agreement", "tolerance", "ok"]
+    assert list(document) == ["max_abs_diff", "typical_diff", "argmax_agreement", "tolerance", "ok"]
     assert 0 < document["max_abs_diff"] < document["tolerance"] < 0.1
     assert document["argmax_agreement"] > 0.99
     assert document["ok"] is True

@@ -19,7 +19,7 @@ from tests.v4c.cli_harness import V4C, assert_one_line, invoke, shell
 from v4c.cli.console import Progress
 from v4c.frontend import presets
 
-COMMANDS = ("presets", "init", "export", "compile", "run", "verify", "bench", "inspect")
+COMMANDS = ("presets", "init", "export", "compile", "run", "verify", "bench", "inspect", "tune")
 
 
 def test_version_and_help_as_a_process() -> None:
@@ -44,7 +44,7 @@ def test_every_command_has_help(command: str) -> None:
     ("arguments", "fragment"),
     [
         ([], "Missing command"),
-        (["tune"], "No such command 'tune'"),
+        (["train"], "No such command 'train'"),
         (["presets", "--wrong"], "--wrong"),
         (["presets", "extra"], "extra"),
         (["init", "-o", "x"], "--preset"),

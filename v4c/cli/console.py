@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from collections.abc import Collection
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 _PATIENCE = 2.0
 """Seconds of work before a progress bar appears."""
+_REMINDER = 10.0
+"""Seconds between lines about the same step, where there are lines instead of a bar."""
+_BYTES = 1 << 20
+"""A total from here on is one of bytes; no work has so many steps."""
 
 
 def message(text: str) -> None:
@@ -73,9 +78,9 @@ def count_text(count: float) -> str:
 class Progress:
     """The `progress` callback of the API, shown on stderr.
 
-    On a terminal a bar appears once the work has taken two seconds; elsewhere nothing does. With `verbose` there are
-    plain lines instead, one per step. An interrupt that Python lost is raised by the next
-    call.
+    On a terminal a bar appears once the work has taken two seconds, with bytes and time left where the work is counted
+    in bytes; elsewhere nothing does. With `verbose` there are plain lines instead, one per step, and one every ten
+    seconds on how far a step of many bytes is. An interrupt that Python lost is raised by the next call.
     """
 
     def __init__(self, verbose: bool = False) -> None:
@@ -84,6 +89,8 @@ class Progress:
         self._task: Any = None
         self._lock = threading.Lock()
         self._last: tuple[str, int, int] = ("working", 0, 0)
+        self._rate = _Rate()
+        self._told = 0.0
         self._timer = threading.Timer(_PATIENCE, self._appear)
         self._timer.daemon = True
         self._interrupts = Interrupts()
@@ -94,8 +101,10 @@ class Progress:
         with self._lock:
             changed = what != self._last[0]
             self._last = (what, done, total)
-            if self._verbose and changed:
-                message(what)
+            if changed:
+                self._rate = _Rate(done)
+            if self._verbose:
+                self._tell(changed)
             if self._bar is not None:
                 self._show()
 
@@ -116,6 +125,17 @@ class Progress:
         if error is not None:
             self._interrupts.check()  # libraries turn an interrupt into errors of their own
 
+    def _tell(self, changed: bool) -> None:
+        what, done, total = self._last
+        now = time.monotonic()
+        if changed:
+            message(what)
+        elif total >= _BYTES and now - self._told >= _REMINDER:
+            message(f"{what}: {self._rate.text(done, total)}")
+        else:
+            return
+        self._told = now
+
     def _appear(self) -> None:
         from rich import progress
         from rich.console import Console
@@ -127,14 +147,38 @@ class Progress:
                 progress.TextColumn("{task.description}", markup=False),
                 progress.BarColumn(),
                 progress.TaskProgressColumn(),
+                progress.TextColumn("{task.fields[left]}", markup=False),
                 progress.TimeElapsedColumn(),
                 console=Console(stderr=True),
                 transient=True,
             )
-            self._task = self._bar.add_task("")
+            self._task = self._bar.add_task("", left="")
             self._show()
             self._bar.start()
 
     def _show(self) -> None:
         what, done, total = self._last
-        self._bar.update(self._task, description=what, completed=done, total=total or None)
+        left = self._rate.text(done, total) if total >= _BYTES else ""
+        self._bar.update(self._task, description=what, completed=done, total=total or None, left=left)
+
+
+class _Rate:
+    """How fast a step gets on: what had been done when it began does not count, as when it goes on where another ended.
+
+    Args:
+        done: bytes at the beginning.
+    """
+
+    def __init__(self, done: int = 0) -> None:
+        self._start, self._begun = done, time.monotonic()
+
+    def text(self, done: int, total: int) -> str:
+        """Bytes done and in all, and the time that is left at the average rate so far."""
+        far = f"{bytes_text(done)} of {bytes_text(total)}"
+        elapsed, moved = time.monotonic() - self._begun, done - self._start
+        if moved <= 0 or elapsed <= 0:
+            return far
+        seconds = round((total - done) * elapsed / moved)
+        minutes, hours = seconds // 60, seconds // 3600
+        left = f"{hours}:{minutes % 60:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
+        return f"{far}, {left} left"

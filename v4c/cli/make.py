@@ -1,9 +1,8 @@
-"""``v4c init``, ``v4c export`` and ``v4c compile``: what writes a checkpoint, an ONNX file or an artifact."""
+"""``v4c export`` and ``v4c compile``: what writes an ONNX or MLIR file, or an artifact."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import click
 
@@ -12,29 +11,15 @@ from .options import debug_option, model_options, model_source, output_option
 
 
 @click.command()
-@click.option("--preset", required=True, metavar="NAME", help="A known size; see v4c presets.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random weights.")
-@click.option("--dtype", type=click.Choice(["f32", "bf16"]), help="Of the weight matrices (default: the preset's).")
-@output_option("DIR", "Folder to create.")
-@debug_option
-def init(preset: str, seed: int, dtype: str | None, output: Path) -> None:
-    """Write a checkpoint with random weights.
-
-    The folder is in Hugging Face layout.
-    """
-    from v4c.frontend.initialise import initialise
-    from v4c.frontend.presets import preset as find
-
-    config = find(preset)
-    stored: Literal["f32", "bf16"] = "bf16" if (dtype or config.dtype) in ("bf16", "bfloat16") else "f32"
-    with Progress() as progress:
-        initialise(config, output, seed, stored, lambda done, total: progress("write weights", done, total))
-    message(f"wrote {output}")
-
-
-@click.command()
 @model_options("CHECKPOINT")
-@click.option("--format", "format_", type=click.Choice(["onnx", "mlir"]), default="onnx", show_default=True)
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["onnx", "mlir"]),
+    default="onnx",
+    show_default=True,
+    help="mlir is linalg and needs the extra mlir.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["f32", "bf16", "f16"]),
@@ -43,7 +28,8 @@ def init(preset: str, seed: int, dtype: str | None, output: Path) -> None:
     help="Storage of the weight matrices.",
 )
 @click.option("--all-logits", is_flag=True, help="Logits of every token rather than of each row's last.")
-@output_option("FILE", "File to write; weights go to FILE.data beside it.")
+@click.option("--dry-run", is_flag=True, help="Print what would be exported, as JSON, and write nothing.")
+@output_option("FILE", "File to write; weights go beside it.")
 @debug_option
 def export(
     model: Path | None,
@@ -52,32 +38,42 @@ def export(
     format_: str,
     dtype: str,
     all_logits: bool,
+    dry_run: bool,
     output: Path,
 ) -> None:
-    """Write a model as one ONNX file.
+    """Write a model as one ONNX file, or as MLIR.
 
-    Custom operators carry bodies of standard ones, so any ONNX runtime can run it.
+    Custom operators carry bodies of standard ones, so any ONNX runtime can run it. MLIR is linalg on tensors, with
+    weights in FILE.safetensors.
     """
     source = model_source(model, preset)
     import v4c
 
     with Progress() as progress:
-        v4c.export(
+        made = v4c.export(
             source,
             output,
             format=format_,
             dtype=dtype,
             weights=not no_weights,
             all_logits=all_logits,
+            dry_run=dry_run,
             progress=progress,
         )
-    message(f"wrote {output}")
+    if dry_run:
+        print_json(made)
+    else:
+        message(f"wrote {output}")
 
 
 @click.command("compile")
 @model_options("CHECKPOINT|FILE.onnx")
 @click.option(
-    "--target", default="cpu", show_default=True, metavar="T", help="cpu, or cpu:LEVEL such as cpu:x86-64-v3."
+    "--target",
+    default="cpu",
+    show_default=True,
+    metavar="T",
+    help="cpu, or cpu:LEVEL such as cpu:x86-64-v3; ascend, or ascend:DEVICE such as ascend:Ascend950PR_9599.",
 )
 @click.option(
     "--dtype",
@@ -98,6 +94,8 @@ def export(
 )
 @click.option("--disable-pass", "disabled", multiple=True, metavar="NAME", help="Leave a pass out; may be repeated.")
 @click.option("--dump-ir", metavar="DIR", type=click.Path(path_type=Path), help="Write the graph after each pass.")
+@click.option("--tuning", metavar="DB", type=click.Path(path_type=Path), help="Schedules that v4c tune found.")
+@click.option("--strict", is_flag=True, help="Fail where the device refuses a kernel, rather than use the host.")
 @click.option("--dry-run", is_flag=True, help="Print what would be compiled, as JSON, and write nothing.")
 @click.option("--verbose", is_flag=True, help="Print each step on stderr.")
 @output_option("DIR", "Folder to create.")
@@ -112,6 +110,8 @@ def compile_command(
     kv: str,
     disabled: tuple[str, ...],
     dump_ir: Path | None,
+    tuning: Path | None,
+    strict: bool,
     dry_run: bool,
     verbose: bool,
     output: Path,
@@ -134,10 +134,22 @@ def compile_command(
             weights=not no_weights,
             disable_passes=disabled,
             dump_ir=dump_ir,
+            tuning=tuning,
+            strict=strict,
             dry_run=dry_run,
             progress=progress,
         )
     if dry_run:
         print_json(made)
     else:
+        if target.partition(":")[0] == "ascend":
+            _tell_fallbacks(output)
         message(f"wrote {output}")
+
+
+def _tell_fallbacks(artifact: Path) -> None:
+    """Name every kernel that the host runs in the device's place, with the reason."""
+    from v4c.runtime.artifact import read_manifest
+
+    for kernel, reason in read_manifest(artifact).build.get("host_fallbacks", {}).items():
+        message(f"kernel {kernel} runs on the host: {reason}")

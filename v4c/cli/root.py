@@ -16,12 +16,14 @@ import click
 from v4c.errors import Error
 
 from .bench import bench
+from .init import init
 from .inspect import inspect
 from .interrupt import Terminated
-from .make import compile_command, export, init
+from .make import compile_command, export
 from .options import DEBUG, debug_option
 from .presets import presets
 from .run import run
+from .tune import tune
 from .verify import verify
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE, TERMINATED = 2, 130, 141, 143
@@ -95,7 +97,7 @@ def _usage(error: click.ClickException) -> str:
     cls=Root,
     no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    commands=[presets, init, export, compile_command, run, verify, bench, inspect],
+    commands=[presets, init, export, compile_command, run, verify, bench, inspect, tune],
 )
 @click.version_option(package_name="v4c", prog_name="v4c", message="%(prog)s %(version)s")
 @debug_option
