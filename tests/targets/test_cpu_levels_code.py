@@ -25,7 +25,7 @@ def code(artifact: Path) -> str:
     ).stdout
 
 
-@pytest.fixture(scope="module", params=["x86-64-v3", "x86-64-v4"])
+@pytest.fixture(scope="module", params=["x86-64-v3", pytest.param("x86-64-v4", marks=pytest.mark.slow)])
 def artifact(request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("levels") / request.param
     v4c.compile(tiny_checkpoint, path, target=f"cpu:{request.param}")
@@ -59,6 +59,13 @@ def test_a_feature_that_is_missing_is_refused(artifact: Path, monkeypatch: pytes
         v4c.load(artifact)
 
 
+@pytest.mark.parametrize("line", ["vaddps %zmm1,%zmm2,%zmm3", "vmovups %ymm17,(%rax)", "vpaddd %xmm1,%xmm2,%xmm3{%k1}"])
+def test_the_pattern_finds_avx512(line: str) -> None:
+    assert AVX512.search(line)
+    assert not AVX512.search("vfmadd231ps (%rax),%ymm15,%ymm1")
+
+
+@pytest.mark.slow
 def test_the_baseline_has_no_avx(tiny_checkpoint: Path, tmp_path: Path) -> None:
     v4c.compile(tiny_checkpoint, tmp_path / "baseline", target="cpu:x86-64")
     found = AVX.search(code(tmp_path / "baseline"))
