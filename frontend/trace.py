@@ -102,11 +102,11 @@ def trace_layer(config: ModelConfig, layer: int) -> Part:
     outputs = ["streams", *(s.name for s in specs)]
     names = [s.name for s in specs]
     return _trace(
-        layer_kind(config, layer), lambda: _LayerCall(DecoderLayer(config, layer), names, engram), inputs, dims, outputs
+        layer_kind(config, layer), lambda: LayerCall(DecoderLayer(config, layer), names, engram), inputs, dims, outputs
     )
 
 
-class _LayerCall(nn.Module):
+class LayerCall(nn.Module):
     """A decoder layer with flat inputs and outputs, as a graph wants them."""
 
     def __init__(self, layer: DecoderLayer, names: list[str], engram: bool) -> None:

@@ -55,18 +55,18 @@ def export(
     if dry_run:
         from v4c.export_plan import plan
 
-        return plan(_config(_open(source, weights)), format=format, dtype=dtype, weights=weights)
+        return plan(_config(open_source(source, weights)), format=format, dtype=dtype, weights=weights)
     check_destination(target)
     if format == "mlir":
         from v4c.frontend.mlir import export as mlir
 
         mlir.require_torch_mlir()
-        opened = _open(source, weights)
+        opened = open_source(source, weights)
         mlir.export(
             _config(opened), target, opened if weights else None, all_logits=all_logits, dtype=dtype, progress=progress
         )
         return target
-    opened = _open(source, weights)
+    opened = open_source(source, weights)
     model = build(_config(opened), all_logits=all_logits, dtype=dtype, progress=progress)
     if weights:
         attach_weights(model, opened, progress)
@@ -117,13 +117,14 @@ def compile(
     Raises:
         v4c.Error: bad input or an output that cannot be written; nothing is left behind.
     """
-    from v4c.compiler import DTYPES, QUANTISED, compile_model, plan, storage_of
+    from v4c.compiler import DTYPES, compile_model, plan, storage_of
+    from v4c.targets.cpu.kernels.quant_packing import QUANTISED
     from v4c.tuning import read_tuning
 
     _one_of("dtype", dtype, tuple(DTYPES))
     _one_of("quant", quant, ("none", *QUANTISED))
     _one_of("kv", kv, ("f32",))
-    opened = _open(source, weights)
+    opened = open_source(source, weights)
     database = None if tuning is None else read_tuning(Path(tuning), target)
     if dry_run:
         return plan(
@@ -159,7 +160,7 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None, verify: st
     return load_model(path, threads=threads, verify=verify)
 
 
-def _open(source: Source, weights: bool) -> Any:
+def open_source(source: Source, weights: bool) -> Any:
     """The source as the driver takes it: an opened checkpoint, an ONNX source, or a config alone."""
     from v4c.frontend.checkpoint import Checkpoint
     from v4c.frontend.config import ModelConfig

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from v4c.targets.cpu.tuning_database import TuningDatabase
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
-QUANTISED = ("int8", "int4")
 
 
 def storage_of(dtype: str, quant: str) -> Storage:

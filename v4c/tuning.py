@@ -130,7 +130,7 @@ def model_kernels(
 ) -> tuple[CPUTarget, list[Tunable]]:
     """The CPU target, and the kernels with a schedule that compiling `source` would build; arguments as of `tune`."""
     from v4c import targets
-    from v4c.api import _open
+    from v4c.api import open_source
     from v4c.compiler import graph, lower, storage_of
     from v4c.passes.pipeline import PassOptions
     from v4c.targets.cpu.target import CPUTarget
@@ -140,7 +140,7 @@ def model_kernels(
         instead = "for ascend: python -m v4c.targets.ascend.tune"
         raise UnsupportedError(f"target {target!r}: expected cpu or cpu:LEVEL ({instead})")
     options, storage = PassOptions.checked(()), storage_of(dtype, quant)
-    model, _ = graph(_open(source, weights=False), options, storage, progress)
+    model, _ = graph(open_source(source, weights=False), options, storage, progress)
     if progress:
         progress("collect kernels", 0, 0)
     lower(model, device, storage, options)

@@ -17,6 +17,7 @@ import numpy as np
 
 from v4c.errors import CheckpointError, InputError
 from v4c.progress import Progress
+from v4c.targets.cpu.kernels.quant_packing import QUANTISED, dequantised
 
 if TYPE_CHECKING:
     from v4c.frontend.config import ModelConfig
@@ -40,7 +41,6 @@ The reference has the quantised values and rounds the rows they are multiplied w
 last bit of a float32 decides how a row is rounded, the two differ by a whole step, layer after layer, and a router or
 an indexer that was about to choose otherwise then does."""
 
-_BITS = {"int8": 8, "int4": 4}
 _FIRST_CHUNKS = ((5, 3, 120, 1), (1, 126, 2, 4))
 """How the two rows of the ragged reading begin: across and exactly onto multiples of 4 and of 128."""
 _LONGEST_CHUNK = 97
@@ -112,7 +112,7 @@ def verify(
     report = progress or (lambda what, done, total: None)
     report("torch reference", 0, 5)
     expected = _reference(weights, model, tokens)
-    quantised, half = model.manifest.dtypes.weights in _BITS, model.manifest.dtypes.weights == "float16"
+    quantised, half = model.manifest.dtypes.weights in QUANTISED, model.manifest.dtypes.weights == "float16"
     relative = QUANTISED_TOLERANCE if quantised else HALF_TOLERANCE if half else RELATIVE_TOLERANCE
     tolerance = relative * max(1.0, float(expected.std()))
     readings = (
@@ -179,7 +179,7 @@ class _AsStored:
         self.config: ModelConfig = source.config
         self._source = source
         self._stored = {part: w.dtype for w in model.manifest.weights for part in part_names(w.name)}
-        self._bits = _BITS.get(model.manifest.dtypes.weights)
+        self._bits = QUANTISED.get(model.manifest.dtypes.weights)
 
     def load(self, name: str, dtype: str | None = None) -> np.ndarray:
         stored = self._stored.get(name)
@@ -188,14 +188,12 @@ class _AsStored:
         if stored == "float16":
             return self._source.load(name, "f32").astype(np.float16).astype(np.float32)
         if self.quantised(name):
-            from v4c.targets.cpu.kernels.quant_packing import dequantised
-
             assert self._bits is not None
             return dequantised(self._source.load(name, "f32"), self._bits)
         return self._source.load(name, dtype or "f32")
 
     def quantised(self, name: str) -> bool:
-        """Whether a tensor is stored in `_BITS`."""
+        """Whether a tensor is stored in 8 or 4 bits."""
         return self._bits is not None and self._stored.get(name) == "uint8"
 
 

@@ -17,6 +17,7 @@ from v4c.frontend.config import ModelConfig
 from v4c.frontend.model.caches import layer_caches
 from v4c.frontend.model.model import DecoderLayer, Embedding, Head
 from v4c.frontend.onnx_export import cache_shape
+from v4c.frontend.trace import LayerCall
 
 from .lowering import Inputs, Library, Lowered
 
@@ -53,23 +54,6 @@ class _Embed(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.embedding(input_ids).to(torch.float32)
-
-
-class _Layer(nn.Module):
-    """A decoder layer with flat inputs and outputs."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.layer, self.names = DecoderLayer(config, layer), [s.name for s in layer_caches(config, layer)]
-        self.engram = config.has_engram(layer)
-
-    def forward(
-        self, streams: Tensor, input_ids: Tensor, positions: Tensor, lengths: Tensor, inv_freq: Tensor, *rest: Tensor
-    ) -> tuple[Tensor, ...]:
-        lookup, caches = (rest[0], rest[1:]) if self.engram else (None, rest)
-        named = dict(zip(self.names, caches, strict=True))
-        streams, new = self.layer(streams, input_ids, positions, lengths, inv_freq, lookup, named)
-        return (streams, *(new[n] for n in self.names))
 
 
 class _Traced(nn.Module):
@@ -126,7 +110,11 @@ def lower_layer(library: Library, config: ModelConfig, layer: int, name: str, dt
     for spec in specs:
         inputs.add(spec.name, cache_shape(spec), getattr(torch, spec.dtype))
     outputs = ["streams", *(spec.name for spec in specs)]
-    return _lower(library, name, inputs, lambda: _Layer(config, layer), f"layers.{layer}.", dtype, outputs)
+
+    def build() -> nn.Module:
+        return LayerCall(DecoderLayer(config, layer), [s.name for s in specs], config.has_engram(layer))
+
+    return _lower(library, name, inputs, build, f"layers.{layer}.", dtype, outputs)
 
 
 def _streams(config: ModelConfig) -> list[str | int]:
