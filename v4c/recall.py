@@ -22,8 +22,8 @@ KEYS = (
 )  # fmt: skip
 VALUES = (
     "amber", "apple", "barley", "bread", "butter", "cheese", "cherry", "clover", "copper", "coral", "cotton", "garlic",
-    "ginger", "gold", "honey", "ivory", "lemon", "linen", "marble", "melon", "mint", "olive", "onion", "pearl", "pepper",
-    "plum", "rice", "silk", "silver", "sugar", "velvet", "wool",
+    "ginger", "gold", "honey", "ivory", "lemon", "linen", "marble", "melon", "mint", "olive", "onion", "pearl",
+    "pepper", "plum", "rice", "silk", "silver", "sugar", "velvet", "wool",
 )  # fmt: skip
 CHANCE = 1 / len(VALUES)
 DISTANCES = (24, 64, 128, 256, 512, 900)
@@ -87,7 +87,9 @@ class Question:
     choices: np.ndarray
 
 
-def question(facts: Facts, filler: np.ndarray, distance: int, rng: np.random.Generator, lead: tuple[int, ...]) -> Question:
+def question(
+    facts: Facts, filler: np.ndarray, distance: int, rng: np.random.Generator, lead: tuple[int, ...]
+) -> Question:
     """A prompt that asks for a fact stated `distance` tokens before.
 
     Args:
@@ -98,8 +100,8 @@ def question(facts: Facts, filler: np.ndarray, distance: int, rng: np.random.Gen
         lead: ids that begin every text, such as the begin-of-text token.
 
     Returns:
-        A prompt of some `distance` + 40 tokens. Of every 48 tokens of distance one is about another fact (at least one
-        other fact stands before the asked one, and no fact is stated twice), so that finding any fact is not enough.
+        A prompt of some `distance` + 40 tokens. One other fact stands before the asked one, and one more for every 48
+        tokens of distance between fact and question; no fact is stated twice. So finding any fact is not enough.
 
     Raises:
         InputError: `distance` is too short to begin the sentence again, or `filler` is shorter than a piece.
@@ -107,7 +109,7 @@ def question(facts: Facts, filler: np.ndarray, distance: int, rng: np.random.Gen
     keys, values = rng.permutation(len(KEYS)), rng.permutation(len(VALUES))
     key, value = int(keys[0]), int(values[0])
     opening, told = list(facts.opening[key]), facts.statement(key, value)
-    rest = distance - len(facts.values[value]) - len(facts.stop) - len(opening) + len(facts.values[value])
+    rest = distance - len(facts.values[value]) - len(facts.stop) - len(opening)  # value to value, less what is fixed
     if rest < 0:
         raise InputError(f"distance: expected at least {distance - rest} tokens, found {distance}")
     others = [facts.statement(int(k), int(v)) for k, v in zip(keys[1:], values[1:], strict=True)]

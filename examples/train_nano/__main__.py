@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from examples.train_nano.config import VARIANTS
-from examples.train_nano.curve import draw
+from examples.train_nano.curve import draw, write_table
 from examples.train_nano.run import Figures, Plan, Run, keep_memory, recent
 from v4c.errors import Error
 
@@ -34,7 +34,8 @@ def main(
 ) -> None:  # fmt: skip
     """Train a small DeepSeek-V4 model on this machine's CPU.
 
-    Leaves OUT/state (to resume from), OUT/checkpoint (Hugging Face layout, for v4c compile) and OUT/loss.png.
+    Leaves OUT/state (to resume from), OUT/checkpoint (Hugging Face layout, for v4c compile), OUT/log.csv and
+    OUT/loss.png.
     """
     torch.set_num_threads(threads)
     keep_memory()
@@ -51,13 +52,15 @@ def main(
                 line = f"text {recent(run.log, 'text'):.3f}  recalled {recent(run.log, 'recalled'):.0%}"
                 bar.update(task, completed=run.step, figures=line)
                 if not sys.stderr.isatty() and run.step % _REPORT == 0:
-                    click.echo(f"step {run.step}/{run.plan.steps}  {line}  {recent(run.log, 'seconds'):.2f} s", err=True)
+                    seconds = recent(run.log, "seconds")
+                    click.echo(f"step {run.step}/{run.plan.steps}  {line}  {seconds:.2f} s", err=True)
 
             while run.step < last:
                 tell(run.advance())
                 if run.step % save_every == 0 or run.step == last:
                     run.save(out / "state")
         draw(run.log, out / "loss.png", f"{run.plan.variant}, {run.step} steps of {run.plan.tokens} tokens")
+        write_table(run.log, out / "log.csv")
         if run.step == run.plan.steps:
             run.export(out / "checkpoint")
             click.echo(f"wrote {out / 'checkpoint'}", err=True)

@@ -1,12 +1,25 @@
-"""The loss curve as a picture."""
+"""What a run leaves for the eye: its figures as a table, and the loss curve as a picture."""
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+COLUMNS = ("step", "loss", "text", "recall", "recalled", "mtp", "index", "imbalance")
+
+
+def write_table(log: Sequence[dict[str, float]], path: Path) -> None:
+    """The figures of every step as CSV; empty where a step has none. The file is replaced when complete."""
+    building = path.with_name(f".{path.name}.part")
+    with building.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        table.writeheader()
+        table.writerows({name: f"{value:.4g}" for name, value in figures.items()} for figures in log)
+    os.replace(building, path)
 
 
 def draw(log: Sequence[dict[str, float]], path: Path, title: str) -> None:
@@ -30,7 +43,7 @@ def draw(log: Sequence[dict[str, float]], path: Path, title: str) -> None:
         losses.plot(steps, _running(values), colour, label=label)
     losses.set(ylabel="loss in nats", title=title)
     losses.legend()
-    recall.plot(steps, _running(np.array([figures["recalled"] for figures in log])), "C2")
+    recall.plot(steps, _running(np.array([figures.get("recalled", np.nan) for figures in log])), "C2")
     recall.set(ylabel="recalled in training", xlabel="step", ylim=(0, 1))
     figure.tight_layout()
     building = path.with_name(f".{path.name}.part")
@@ -40,8 +53,10 @@ def draw(log: Sequence[dict[str, float]], path: Path, title: str) -> None:
 
 
 def _running(values: np.ndarray, width: int = 25) -> np.ndarray:
-    """Mean of each value and the `width` - 1 before it."""
-    sums = np.cumsum(np.concatenate([[0.0], np.nan_to_num(values)]))
+    """Mean of each value and the `width` - 1 before it, of those that are there."""
+    known = ~np.isnan(values)
+    sums, counts = (np.cumsum([0.0, *column]) for column in (np.nan_to_num(values), known))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - width)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    with np.errstate(invalid="ignore"):
+        return (sums[ends] - sums[starts]) / (counts[ends] - counts[starts])

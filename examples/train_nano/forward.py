@@ -98,7 +98,8 @@ class Forward:
         if config.has_engram(layer):
             streams = self._engram(config, prefix + "engram.", streams, ids)
         row, post, comb = self.mixer.collapse(self.weights, prefix + "attn_hc.", streams)
-        attended = self._attention(config, layer, prefix + "self_attn.", self._norm(row, prefix + "input_layernorm"), out)
+        row = self._norm(row, prefix + "input_layernorm")
+        attended = self._attention(config, layer, prefix + "self_attn.", row, out)
         streams = self.mixer.expand(attended, streams, post, comb)
         row, post, comb = self.mixer.collapse(self.weights, prefix + "ffn_hc.", streams)
         row = self._norm(row, prefix + "post_attention_layernorm")
@@ -119,8 +120,8 @@ class Forward:
         norms = (w[f"{prefix}{name}_norm.weight"] for name in ("key", "stream", "conv"))
         state = streams.new_zeros(batch, (engram.kernel_size - 1) * engram.dilation, keys[0, 0].numel())
         return engram_gate_conv(
-            keys, self.linear(memory, w[prefix + "value_proj.weight"]), streams, *norms, w[prefix + "conv.weight"], state,
-            start, lengths, engram.dilation, config.rms_norm_eps,
+            keys, self.linear(memory, w[prefix + "value_proj.weight"]), streams, *norms, w[prefix + "conv.weight"],
+            state, start, lengths, engram.dilation, config.rms_norm_eps,
         )[0]  # fmt: skip
 
     def _attention(self, config: ModelConfig, layer: int, prefix: str, x: Tensor, out: Output) -> Tensor:
@@ -217,7 +218,9 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
 
-def window_logits(q: Tensor, kv: Tensor, window: int, scale: float, matmul: Product = torch.matmul) -> tuple[Tensor, Tensor]:
+def window_logits(
+    q: Tensor, kv: Tensor, window: int, scale: float, matmul: Product = torch.matmul
+) -> tuple[Tensor, Tensor]:
     """Attention logits over the sliding window, in blocks of `window` queries against two blocks of keys.
 
     Args:
@@ -231,7 +234,7 @@ def window_logits(q: Tensor, kv: Tensor, window: int, scale: float, matmul: Prod
         Logits ``[B, S, H, 2 window]``, -inf where a key is not visible, and the keys of each block
         ``[B, S / window (rounded up), 2 window, C]``.
     """
-    batch, length, heads, _ = q.shape
+    length, heads = q.shape[1:3]
     rest = -length % window
     q, kv = F.pad(q, (0, 0, 0, 0, 0, rest)), F.pad(kv, (0, 0, 0, rest))
     blocks = kv.unflatten(1, (-1, window))
@@ -275,8 +278,8 @@ def index_loss(scores: Tensor, row_logits: Tensor, logits: Tensor, sinks: Tensor
     """How far the indexer's scores are from where attention looks (DeepSeek-V3.2, arXiv 2512.02556, eqs. 3 and 4).
 
     The target of a query is its attention mass on each ready compressed row, summed over heads and normalised; the loss
-    is the KL divergence of ``softmax(scores)`` from it, weighted by the share of attention that rows get at all, so that
-    queries that look at nothing but their window teach nothing. The target has no gradient.
+    is the KL divergence of ``softmax(scores)`` from it, weighted by the share of attention that rows get at all, so
+    that queries that look at nothing but their window teach nothing. The target has no gradient.
 
     Args:
         scores: ``[B, S, N]``, -inf where a row is not ready.

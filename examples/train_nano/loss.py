@@ -16,7 +16,11 @@ MTP_WEIGHT = 0.3
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss to minimise, and its parts in nats as plain numbers (``figures``)."""
+    """The loss to minimise, and its parts in nats as plain numbers: ``figures``, without those of no tokens.
+
+    ``loss`` is what the model itself predicts, weighted; ``text`` that of running text; ``recall`` and ``recalled``
+    loss and accuracy at values asked for from beyond the window; ``imbalance`` the busiest expert's load over the mean.
+    """
 
     total: Tensor
     figures: dict[str, float]
@@ -39,7 +43,10 @@ def measure(out: Output, ids: Tensor, weights: Tensor) -> Loss:
         total = total + figures["index"]
     asked = counts == QUESTION_WEIGHT
     right = out.logits.argmax(-1) == targets
-    figures |= {"text": _mean(costs, counts == 1), "recall": _mean(costs, asked), "recalled": _mean(right, asked)}
+    if (counts == 1).any():
+        figures["text"] = _mean(costs, counts == 1)
+    if asked.any():
+        figures |= {"recall": _mean(costs, asked), "recalled": _mean(right, asked)}
     if out.loads:
         busiest = [counts.max() / counts.float().mean() for counts in out.loads.values()]
         figures["imbalance"] = torch.stack(busiest).mean()

@@ -35,9 +35,7 @@ class Optimiser:
                 group[name] = tensor.requires_grad_()
         self.parameters = matrices | others
         self.peaks = (muon_rate, adamw_rate)
-        self.muon = torch.optim.Muon(
-            matrices.values(), lr=muon_rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"
-        )
+        self.muon = torch.optim.Muon(matrices.values(), lr=muon_rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
         self.adamw = torch.optim.AdamW(
             [
                 {"params": [t for t in others.values() if t.ndim == 2], "weight_decay": 0.02},

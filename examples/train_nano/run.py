@@ -28,7 +28,7 @@ from v4c.recall import Facts
 
 Figures = dict[str, float]
 # Part of the run, and the length of its sequences: short ones first, for they are what copying is learnt on.
-_STAGES = ((0.25, 128), (0.6, 256), (0.85, 512), (1.0, 1024))
+_STAGES = ((0.35, 128), (0.65, 256), (0.85, 512), (1.0, 1024))
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,21 @@ class Plan:
         tokens: read in one step.
         seed: of weights and batches.
         muon_rate, adamw_rate: peak rates.
-        recall_share: part of the sequences that are about recall.
+        recall_first: part of the run that is about recall alone, in sequences of hardly anything but facts: copying
+            from compressed rows is learnt there in some hundred steps, amid text it was not begun after 400.
+        recall_share: part of the sequences that are about recall afterwards.
         sparse_from: part of the run after which CSA layers read the indexer's choice instead of all rows; until then
             the indexer learns from attention that sees everything (V3.2's dense warm-up).
     """
 
     variant: str = "full"
-    steps: int = 2000
+    steps: int = 1200
     tokens: int = 2048
     seed: int = 0
-    muon_rate: float = 8e-3
-    adamw_rate: float = 4e-3
-    recall_share: float = 0.5
+    muon_rate: float = 1e-2
+    adamw_rate: float = 5e-3
+    recall_first: float = 0.15
+    recall_share: float = 0.4
     sparse_from: float = 0.5
 
     def length(self, step: int) -> int:
@@ -75,7 +78,7 @@ class Run:
         self.tokenizer = tokenizer if tokenizer is not None else vocabulary.train_tokenizer(texts)
         facts = Facts.of(lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids)
         text = vocabulary.encode_all(self.tokenizer, texts)
-        self.batches = Batches(text, facts, plan.seed, plan.recall_share)
+        self.batches = Batches(text, facts, plan.seed, self.variant.config.sliding_window)
         self.log: list[Figures] = []
         self._take(initial(self.variant, vocabulary.compressed_ids(self.tokenizer), plan.seed))
 
@@ -105,7 +108,8 @@ class Run:
         """One step; returns its figures, which are also kept in `log`."""
         plan, began = self.plan, time.perf_counter()
         length = plan.length(self.step)
-        batch = self.batches.draw(self.step, plan.tokens // length, length)
+        share = 1.0 if self.step < plan.recall_first * plan.steps else plan.recall_share
+        batch = self.batches.draw(self.step, plan.tokens // length, length, share)
         ids, counts = torch.from_numpy(batch.ids), torch.from_numpy(batch.weights)
         forward = Forward(
             self.variant.config, self.weights, self.variant.plain_residual,
