@@ -17,7 +17,9 @@ from .options import debug_option, json_option, model_source, output_option, thr
     "-m", "--model", metavar="CHECKPOINT|FILE.onnx", type=click.Path(path_type=Path), help="The model to read."
 )
 @click.option("--preset", metavar="NAME", help="A known size; see v4c presets.")
-@click.option("--target", default="cpu", show_default=True, metavar="T", help="cpu, cpu:LEVEL, ascend, or ascend:DEVICE.")
+@click.option(
+    "--target", default="cpu", show_default=True, metavar="T", help="cpu, cpu:LEVEL, ascend or ascend:DEVICE."
+)
 @click.option(
     "--dtype", type=click.Choice(["f32", "bf16"]), default="f32", show_default=True,
     help="Storage of the weight matrices.",
