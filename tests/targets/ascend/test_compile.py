@@ -10,16 +10,20 @@ import sys
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 import v4c
 from tests.parity.margins import smallest_margin
 from tests.targets.ascend.requirements import DEVICES, needs_compiler, needs_mlir
 from tests.v4c.cli_harness import V4C, shell
+from v4c.cli.root import main as root
 from v4c.errors import ArtifactError
 from v4c.frontend.checkpoint import Checkpoint
 from v4c.frontend.model.model import V4Model
 from v4c.runtime.artifact import read_manifest
-from v4c.targets.ascend.gates import GATES
+from v4c.targets.ascend import partition
+from v4c.targets.ascend.gates import GATES, Failure, GateReport
+from v4c.targets.ascend.partition import check_operation
 
 pytestmark = [pytest.mark.slow, needs_compiler, needs_mlir]
 
@@ -187,3 +191,32 @@ def test_bfloat16_weights(checkpoint, tmp_path):
     assert result.returncode == 0, result.stderr
     result = shell(["verify", str(folder), "-m", str(checkpoint), "--json"], cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_refused_program_is_left_to_the_host(checkpoint, artifact, tmp_path, monkeypatch):
+    """With its reason on stderr, in the manifest and in `v4c inspect`; the logits stay what they are."""
+
+    def refusing(operation, device, seed=0):
+        reports = check_operation(operation, device, seed)
+        if "swiglu" in reports[0].kernel:
+            failure = Failure(reports[0].kernel, device.name, "compile", "ub overflow, planted")
+            reports[0] = GateReport(reports[0].kernel, device.name, (), (failure,))
+        return reports
+
+    monkeypatch.setattr(partition, "check_operation", refusing)
+    target = f"ascend:{artifact.name}"
+    arguments = ["compile", "-m", str(checkpoint), "--target", target, "-o", str(tmp_path / "host")]
+    strict = CliRunner().invoke(root, [*arguments, "--strict"])
+    assert strict.exit_code != 0
+    assert "ub overflow, planted" in strict.stderr
+    assert not (tmp_path / "host").exists()
+    result = CliRunner().invoke(root, arguments)
+    assert result.exit_code == 0, result.output
+    fallbacks = read_manifest(tmp_path / "host").build["host_fallbacks"]
+    assert fallbacks
+    assert all("planted" in reason for reason in fallbacks.values())
+    lines = [line for line in result.stderr.splitlines() if "planted" in line]
+    assert len(lines) == len(fallbacks)
+    tokens = np.arange(1, 9)[None]
+    logits = [v4c.load(a).new_session(max_context=16).prefill(tokens) for a in (artifact, tmp_path / "host")]
+    assert np.array_equal(*logits)
