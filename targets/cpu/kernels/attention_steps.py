@@ -1,8 +1,9 @@
 """The steps of attention over shared key/value rows, for one token and some blocks of its heads.
 
-Rows are copied in panels that stay in L2, and a panel serves every block of heads in turn: scores by an outer product
-over (row, head) tiles, an online softmax with one head per lane, then the weighted sum over (head, column) tiles. The
-scratch is independent of how many rows there are. The steps are inlined into the kernels of `attention`.
+Rows are copied in panels that stay in L2, the next one being asked for meanwhile, and a panel serves every block of
+heads in turn: scores by an outer product over (row, head) tiles, an online softmax with one head per lane, then the
+weighted sum over (head, column) tiles. The scratch is independent of how many rows there are. The steps are inlined
+into the kernels of `attention`.
 """
 
 # mypy: ignore-errors
@@ -17,7 +18,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from ..schedule import AttentionSchedule
-from .common import exp, vector_width
+from .common import LINE, exp, prefetch, vector_width
 from .rope import fill_angles, rotate_row
 
 
@@ -101,6 +102,13 @@ def start(
     for v in T.vectorized(tile.head_block):
         peak[g, v] = sinks[g * T.int64(tile.head_block) + v]
         total[g, v] = T.float32(sink)
+
+
+@T.inline
+def prefetch_row(tile: Tiles, source: Any, i: Any, at: Any) -> None:
+    """Ask for ``source[i, at]``."""
+    for c in range(T.int64(-(-tile.width // LINE))):
+        T.evaluate(prefetch(source[i, at, c * T.int64(LINE)]))
 
 
 @T.inline
@@ -260,6 +268,27 @@ def attend_rows(
     scores = T.alloc_buffer((T.int64(tile.panel), T.int64(tile.head_block)), "float32")
     t: T.let = p + j
     raw: T.let = T.min(t + T.int64(1), T.int64(window_size))
+
+    @T.inline
+    def ask(part):
+        """Ask for the rows of a panel ahead: left to the processor, each costs more than the arithmetic on it."""
+        top: T.let = (first + part) * T.int64(tile.panel)
+        for r in range(T.min(raw + compressed - top, T.int64(tile.panel))):
+            row: T.let = top + r
+            if row < raw:
+                if t + T.int64(1) - raw + row >= p:
+                    prefetch_row(tile, kv, i, t + T.int64(1) - raw + row - p)
+                else:
+                    prefetch_row(tile, window, i, (t + T.int64(1) - raw + row) % T.int64(window_size))
+            elif rows is None:
+                pass
+            elif chosen is None:
+                prefetch_row(tile, rows, i, row - raw)
+            else:
+                prefetch_row(tile, rows, i, chosen[row - raw])
+
+    if first < last:
+        ask(T.int64(0))
     for g in range(T.int64(tile.blocks)):
         start(tile, scale, q, sinks, sink, out, packed, peak, total, i, j, at, g)
     for part in range(last - first):
@@ -275,6 +304,8 @@ def attend_rows(
                 copy_row(tile, panel, r, rows, i, row - raw)
             else:
                 copy_row(tile, panel, r, rows, i, chosen[row - raw])
+        if part + T.int64(1) < last - first:
+            ask(part + T.int64(1))
         for g in range(T.int64(tile.blocks)):
             attend(tile, packed, panel, scores, peak, total, out, count, i, at, g)
 
