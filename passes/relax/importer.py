@@ -336,7 +336,10 @@ class _Dims:
         return TensorSpec(shape, spec.dtype)
 
 
-_DTYPES = {"FLOAT": "float32", "INT64": "int64", "BFLOAT16": "bfloat16", "FLOAT16": "float16", "BOOL": "bool"}
+_DTYPES = {
+    "FLOAT": "float32", "INT64": "int64", "BFLOAT16": "bfloat16", "FLOAT16": "float16", "BOOL": "bool",
+    "UINT8": "uint8",
+}  # fmt: skip
 
 
 def spec_of(var: Any) -> TensorSpec:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 import onnx_ir as ir
 
@@ -40,6 +41,9 @@ TABLE_LAYOUTS = frozenset((Layout.TABLE, Layout.ROWS))
 """Layouts whose rows are read one by one."""
 
 
+CacheFormat = Literal["f32", "bf16", "fp8"]
+
+
 @dataclass(frozen=True)
 class Storage:
     """What weights are stored as; routers, norms, mHC weights, sinks and biases are always float32.
@@ -47,10 +51,12 @@ class Storage:
     Attributes:
         tables: dtype of tables that rows are taken from: ``float32``, ``bfloat16`` or ``float16``.
         products: dtype of the matrices of products: one of these, or ``int8`` or ``int4``.
+        kv: format of the caches: ``f32``, ``bf16`` or ``fp8``.
     """
 
     tables: str = "float32"
     products: str = "float32"
+    kv: CacheFormat = "f32"
 
     def of(self, layout: Layout) -> str:
         """Dtype of a weight of floating point numbers."""
