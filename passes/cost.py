@@ -66,9 +66,9 @@ def nbytes(spec: Spec) -> float:
     return size(spec) * np.dtype(dtype).itemsize
 
 
-_BLOCK_WEIGHTS = {1088: 1024, 576: 1024}
-"""Bytes of a block of quantised weights, the last dimension of a packed one, to the weights in it: 32 float16 scales,
-then 32 outputs by 32 inputs of a byte or half a byte."""
+_BLOCK_WEIGHTS = {1088: 1024, 576: 1024, 544: 1024, 4160: 4096}
+"""Bytes of a block of quantised weights, the last dimension of a packed one, to the weights in it: scales, then 32
+outputs by 32 inputs (of published FP8 by 128) of a byte or half a byte."""
 
 
 def weights_in(spec: Spec) -> int:

@@ -101,7 +101,9 @@ def compile(
             float16.
         quant: ``none``, ``int8`` or ``int4``: quantisation of the matrices of products, 32 weights to a float16 scale;
             the rows they are multiplied with are rounded to 8 bits likewise. The embedding stays as `dtype` has it;
-            norms, routers, hyper-connections and sinks stay float32.
+            norms, routers, hyper-connections and sinks stay float32. ``native`` keeps FP8 and FP4 matrices of products
+            as the checkpoint has them, and other weights bfloat16 or float32; the rows that FP4 is multiplied with are
+            rounded to 8 bits.
         kv: storage of the window, the compressed rows and the indexer's: ``f32``, ``bf16``, or ``fp8`` (e4m3 with the
             rotated dims in bfloat16, and FP4 rows for the indexer). CPU only beyond ``f32``.
         weights: False builds the library alone; the artifact can be inspected, not run.
@@ -123,7 +125,7 @@ def compile(
     from v4c.tuning import read_tuning
 
     _one_of("dtype", dtype, tuple(DTYPES))
-    _one_of("quant", quant, ("none", *QUANTISED))
+    _one_of("quant", quant, ("none", *QUANTISED, "native"))
     _one_of("kv", kv, KV_FORMATS)
     storage = storage_of(dtype, quant, next(known for known in KV_FORMATS if known == kv))
     opened = open_source(source, weights)

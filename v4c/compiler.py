@@ -25,6 +25,7 @@ from v4c.frontend.model.model import WeightSource
 from v4c.frontend.onnx_export import add_heads, build, cache_shape, set_head
 from v4c.onnx_source import OnnxSource
 from v4c.passes.dump import Dump
+from v4c.passes.onnx.hoisting import STORED
 from v4c.passes.onnx.rewriting import PassReport
 from v4c.passes.pipeline import PACK_WEIGHTS, SHARE_LAYERS, SPECIALISE_DECODE, PassOptions, run_onnx_passes
 from v4c.passes.relax.importer import Importer
@@ -34,6 +35,7 @@ from v4c.runtime import manifest as artifact
 from v4c.runtime.library import choose_threads
 from v4c.runtime.shards import plan_shards
 from v4c.runtime.writer import SHARD_BYTES, ArtifactWriter
+from v4c.stored_formats import stored_formats
 from v4c.targets.base import Simulated, Target
 from v4c.weight_packing import pack_weights, peak_bytes, resume_key
 
@@ -48,6 +50,8 @@ _ONNX_DTYPES = {"float32": "FLOAT", "bfloat16": "BFLOAT16", "uint8": "UINT8", "i
 
 def storage_of(dtype: str, quant: str, kv: CacheFormat = "f32") -> Storage:
     """What weights and caches are stored as for options ``--dtype``, ``--quant`` and ``--kv``."""
+    if quant == "native":
+        return Storage(quant, quant, kv)
     return Storage(DTYPES[dtype], DTYPES[dtype] if quant == "none" else quant, kv)
 
 
@@ -203,6 +207,11 @@ def graph(
     config = source if isinstance(source, ModelConfig) else source.config
     model = source.model if isinstance(source, OnnxSource) else build(config, progress=progress)
     add_heads(model, config)
+    if storage.products == "native":
+        stored = stored_formats(source)
+        for value in (*model.graph.inputs, *model.graph.initializers.values()):
+            if str(value.name) in stored:
+                value.metadata_props[STORED] = stored[str(value.name)]
     for report in run_onnx_passes(model, options, _weight_names(model), storage.products):
         _tell(report, progress)
     return model, config

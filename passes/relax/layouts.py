@@ -6,7 +6,7 @@ only gathered from keeps its shape but may be stored in half precision; everythi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -50,7 +50,8 @@ class Storage:
 
     Attributes:
         tables: dtype of tables that rows are taken from: ``float32``, ``bfloat16`` or ``float16``.
-        products: dtype of the matrices of products: one of these, or ``int8`` or ``int4``.
+        products: dtype of the matrices of products: one of these, or ``int8`` or ``int4``. Both may be ``native``: as
+            the checkpoint has them, FP8 and FP4 included.
         kv: format of the caches: ``f32``, ``bf16`` or ``fp8``.
     """
 
@@ -65,6 +66,18 @@ class Storage:
         return self.tables if layout in TABLE_LAYOUTS else "float32"
 
 
+def native_storage(layout: Layout, stored: Collection[str]) -> str:
+    """What a weight is stored as that stays as the checkpoint has it.
+
+    Args:
+        layout: its layout. FP8 and FP4 stay in matrices of products; what else is so stored becomes float32.
+        stored: what its tensors are stored as there; if they differ, it becomes float32.
+    """
+    found = next(iter(stored)) if len(set(stored)) == 1 else "float32"
+    kept = layout in PRODUCT_LAYOUTS and layout != Layout.LINEAR_KN
+    return "float32" if found in ("fp8", "fp4") and not kept else found
+
+
 @dataclass(frozen=True)
 class WeightSpec:
     """One weight a compiled function takes: where it comes from and how it is stored.
@@ -74,7 +87,8 @@ class WeightSpec:
         layout: how it is packed.
         shape: shape before packing.
         groups: number of diagonal blocks (`Layout.GROUPED_LINEAR` only, else 1).
-        dtype: storage dtype: ``float32``, ``bfloat16``, ``float16``, ``int64``, or ``int8`` or ``int4`` with scales.
+        dtype: storage dtype: ``float32``, ``bfloat16``, ``float16``, ``int64``, or ``int8``, ``int4``,
+            ``fp8`` or ``fp4`` with scales.
         parts: of a weight merged from several tensors along axis 0, their names and shapes; otherwise empty.
     """
 

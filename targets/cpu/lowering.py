@@ -158,10 +158,13 @@ _CUSTOM: dict[str, Callable[[Inputs, Attributes], Kernel]] = {
 _EXPERTS: dict[str, Callable[[Inputs, Attributes], Kernel]] = {
     "GroupedExperts": lambda i, a: Kernel(grouped_experts, _expert_sizes(i, a)),
     "MixtureOfExperts": lambda i, a: Kernel(
-        mixture_of_experts, (*_expert_sizes(i, a), _size(i, "shared_down", 1))
+        mixture_of_experts, (*_expert_sizes(i, a), _size(i, "shared_down", 1), False, i["shared_gate_up"].dtype)
     ),
 }  # fmt: skip
-"""Kernels whose last argument is whether the target has AVX512-VNNI."""
+"""Kernels that differ with AVX512-VNNI."""
+
+_VNNI = {grouped_experts: 6, mixture_of_experts: 7}
+"""Which argument says whether the target has it."""
 
 
 class CPUKernels:
@@ -180,7 +183,10 @@ class CPUKernels:
         named = dict(zip(op.inputs, inputs, strict=True))
         if op.name in _EXPERTS:
             kernel = _EXPERTS[op.name](named, attributes)
-            return self.scheduler.scheduled(Kernel(kernel.factory, (*kernel.arguments, self.vnni)))
+            at = _VNNI[kernel.factory]
+            return self.scheduler.scheduled(
+                Kernel(kernel.factory, (*kernel.arguments[:at], self.vnni, *kernel.arguments[at + 1 :]))
+            )
         if op.name not in _CUSTOM:
             raise UnsupportedError(f"operator {op.name}: no CPU kernel")
         return self.scheduler.scheduled(_CUSTOM[op.name](named, attributes))
