@@ -14,8 +14,8 @@ from tvm.tirx import IntImm, call_intrin
 VECTOR = 16
 """Floats in one vector."""
 
-LINE = 16
-"""Floats in one cache line."""
+LINE_BYTES = 64
+"""Of a cache line."""
 
 
 def vector_width(width: int) -> int:
@@ -73,6 +73,11 @@ def sum_lanes(lanes: Any, row: Any, width: int) -> None:
             lanes[row, v] = lanes[row, v] + lanes[row, v + 2]
     if width >= 2:
         lanes[row, 0] = lanes[row, 0] + lanes[row, 1]
+
+
+def element_bytes(dtype: str) -> int:
+    """Bytes of an element of a number type such as ``float32`` or ``uint8``."""
+    return int(dtype.lstrip("abcdefghijklmnopqrstuvwxyz")) // 8
 
 
 def prefetch(element: Any) -> Any:
