@@ -1,9 +1,9 @@
 """Bounds what mapped weights occupy in memory: experts stay on disk, and the ones used last are kept.
 
 Weights are mapped from their files, so any page may be dropped at any time and comes back when it is touched; what is
-kept is only a matter of speed. Before a kernel reads experts, its indices are known: experts that are not held are asked
-for, after the least recently used ones were dropped to make room. Hash-routed layers choose by token id alone, so their
-experts are asked for when a step begins, as are the rows of Engram tables once their addresses are worked out.
+kept is only a matter of speed. Before a kernel reads experts, its indices are known: experts that are not held are
+asked for, after the least recently used ones were dropped to make room. Hash-routed layers choose by token id alone, so
+their experts are asked for when a step begins, as are the rows of Engram tables once their addresses are worked out.
 """
 
 from __future__ import annotations

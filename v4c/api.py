@@ -156,8 +156,8 @@ def load(
         path: folder of the artifact. Its library is code: load only artifacts you trust.
         threads: worker threads; default ``V4C_NUM_THREADS`` or the processors this process may use.
         verify: ``all`` checks every file's SHA-256, ``code`` the library and manifest only.
-        weights_memory: bytes that weights may occupy, such as ``"4GiB"``: routed experts and rows of tables stay on disk
-            but for those used last.
+        weights_memory: bytes that weights may occupy, such as ``"4GiB"``: routed experts and rows of tables stay on
+            disk but for those used last.
 
     Raises:
         v4c.ArtifactError: the artifact is incomplete, altered, of another version or for another machine.

@@ -136,9 +136,8 @@ def test_the_commands_report_hits_and_bytes(artifact: Path) -> None:
     result = shell(["run", artifact, "--tokens", "1,2,3", "--max-new-tokens", "5", "--weights-memory", "45MiB"])
     assert result.returncode == 0, result.stderr
     assert "experts held" in result.stderr
-    result = shell(
-        ["bench", artifact, "--context", "16", "--prompt-tokens", "8", "--rounds", "4", "--weights-memory", "45MiB", "--json"]
-    )  # fmt: skip
+    counts = ["--context", "16", "--prompt-tokens", "8", "--rounds", "4"]
+    result = shell(["bench", artifact, *counts, "--weights-memory", "45MiB", "--json"])
     assert result.returncode == 0, result.stderr
     document = json.loads(result.stdout)
     for figures in (*document["decode"], *document["prefill"]):
