@@ -22,6 +22,7 @@ from v4c.runtime.dtypes import DTYPES
 from v4c.runtime.library import installed_tvm_version, one_line
 from v4c.runtime.manifest import MANIFEST_NAME, Manifest, StoredWeight, Target
 from v4c.runtime.tensors import tensor_over
+from v4c.runtime.weight_memory import WeightMemory
 
 _MAP_NORESERVE = 0x4000  # Linux, x86 and Arm; Python's mmap names it from 3.13 on
 
@@ -89,25 +90,33 @@ class Artifact:
                 f"{self.path}: compiled with TVM {self.manifest.tvm_version}, {version} is installed: recompile"
             )
 
-    def map_weights(self) -> list[Any]:
-        """All weights as TVM tensors over the mapped files, in manifest order, without a copy.
+    @property
+    def weight_files(self) -> list[Path]:
+        """Paths of the files that hold weights."""
+        return sorted({self.path / weight.file for weight in self.manifest.weights if weight.file is not None})
+
+    def map_weights(self, weights_memory: int | None = None) -> tuple[list[Any], WeightMemory | None]:
+        """All weights as TVM tensors over the mapped files, in manifest order, without a copy; and their bound, if any.
+
+        Args:
+            weights_memory: bytes that they may occupy.
 
         Raises:
             ArtifactError: the artifact was compiled without weights, or a file cannot be mapped.
+            InputError: the bound is too small.
         """
         if not self.manifest.has_weights:
             raise ArtifactError(f"{self.path}: expected weights, found none: it was compiled without them")
         maps: dict[str, mmap.mmap] = {}
-        return [self._map(weight, maps) for weight in self.manifest.weights]
+        arrays = [self._map(weight, maps) for weight in self.manifest.weights]
+        memory = None if weights_memory is None else WeightMemory(self.manifest, maps, arrays, weights_memory)
+        return [tensor_over(a, w.dtype) for a, w in zip(arrays, self.manifest.weights, strict=True)], memory
 
-    def _map(self, weight: StoredWeight, maps: dict[str, mmap.mmap]) -> Any:
+    def _map(self, weight: StoredWeight, maps: dict[str, mmap.mmap]) -> np.ndarray:
         assert weight.file is not None
         if weight.file not in maps:
             maps[weight.file] = _map_file(self.path / weight.file)
-        array: np.ndarray = np.ndarray(
-            weight.shape, DTYPES[weight.dtype].storage, buffer=maps[weight.file], offset=weight.offset
-        )
-        return tensor_over(array, weight.dtype)
+        return np.ndarray(weight.shape, DTYPES[weight.dtype].storage, buffer=maps[weight.file], offset=weight.offset)
 
     def _verify(self, names: Iterable[str]) -> None:
         # Hashing releases the interpreter lock: one thread per file keeps up with a fast disk.

@@ -17,9 +17,13 @@ from v4c.runtime.manifest import Manifest, Target
 from v4c.runtime.sampling import Sampler
 from v4c.runtime.session import Session
 from v4c.runtime.text import Tokenizer
+from v4c.runtime.weight_memory import WeightMemory, parse_bytes, resident_bytes
 
 
-def load(path: str | os.PathLike[str], *, threads: int | None = None, verify: str = "all") -> Model:
+def load(
+    path: str | os.PathLike[str], *, threads: int | None = None, verify: str = "all",
+    weights_memory: int | str | None = None,
+) -> Model:  # fmt: skip
     """Load an artifact.
 
     Args:
@@ -27,16 +31,20 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None, verify: st
         threads: threads per kernel, the same for every model of a process; None takes ``V4C_NUM_THREADS``, else
             ``TVM_NUM_THREADS``, else every CPU this process may use.
         verify: ``"all"`` hashes every file first; ``"code"`` the library alone, for artifacts too large to read twice.
+        weights_memory: bytes that weights may occupy, as a number or such as ``"4GiB"``; routed experts and rows of
+            tables then stay on disk but for those used last. None leaves it to the operating system.
 
     Raises:
         ArtifactError: the artifact is incomplete, altered, of another format, or for another machine.
         UnsupportedError: it was compiled for a target this runtime cannot drive.
-        InputError: ``verify`` is unknown, or ``threads`` is not what the process already runs with.
+        InputError: ``verify`` is unknown, ``threads`` is not what the process already runs with, or ``weights_memory``
+            is no size, or too small.
     """
+    bound = None if weights_memory is None else parse_bytes(weights_memory, "weights_memory")
     artifact = Artifact(path, verify)
     artifact.check_machine()
     running = start_runtime(threads)
-    return Model(artifact, Program(artifact.library), running)
+    return Model(artifact, Program(artifact.library), running, bound)
 
 
 class Model:
@@ -47,12 +55,12 @@ class Model:
         threads: threads per kernel.
     """
 
-    def __init__(self, artifact: Artifact, program: Program, threads: int) -> None:
+    def __init__(self, artifact: Artifact, program: Program, threads: int, weights_memory: int | None = None) -> None:
         self.manifest: Manifest = artifact.manifest
         self.threads = threads
         self._artifact = artifact
         self._program = program
-        self._weights = artifact.map_weights()
+        self._weights, self._memory = artifact.map_weights(weights_memory)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -90,6 +98,16 @@ class Model:
             raise InputError(f"{self._artifact.path}: expected a tokenizer, found none: pass token ids")
         return Tokenizer(self._artifact.tokenizer)
 
+    @property
+    def weight_memory(self) -> WeightMemory | None:
+        """The bound on the memory of weights and what it has cost; None without one."""
+        return self._memory
+
+    @property
+    def resident_weight_bytes(self) -> int:
+        """Bytes of the mapped weights that are in this process's memory now."""
+        return resident_bytes(self._artifact.weight_files)
+
     def library_function(self, name: str) -> Callable[..., Any] | None:
         """A compiled function that is no entry point, None where the library has none of that name."""
         return self._program.function(name)
@@ -106,7 +124,7 @@ class Model:
         if max_context is None:
             max_context = self.max_context
         max_context = checked_count(max_context, "max_context", 1, self.max_context)
-        return Session(self._program, self.manifest, self._weights, batch, max_context)
+        return Session(self._program, self.manifest, self._weights, batch, max_context, self._memory)
 
     def generate(
         self,

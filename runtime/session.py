@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -26,6 +27,7 @@ from v4c.runtime.inputs import (
 from v4c.runtime.library import Program, one_line
 from v4c.runtime.manifest import DECODE_ONE, Manifest
 from v4c.runtime.tensors import aligned_zeros, array_over, tensor_over
+from v4c.runtime.weight_memory import WeightMemory
 
 _INT64 = np.dtype(np.int64)
 
@@ -43,8 +45,12 @@ class Session:
     """
 
     def __init__(
-        self, program: Program, manifest: Manifest, weights: Sequence[Any], batch: int, max_context: int
-    ) -> None:
+        self, program: Program, manifest: Manifest, weights: Sequence[Any], batch: int, max_context: int,
+        memory: WeightMemory | None = None,
+    ) -> None:  # fmt: skip
+        if memory is not None:
+            memory.check_batch(batch)
+        self._memory = memory
         self.batch = batch
         self.max_context = max_context
         self._program = program
@@ -52,6 +58,8 @@ class Session:
         self._weights = weights
         self._caches = Caches(manifest.caches, batch, max_context)
         self._machine = program.new_machine()
+        if memory is not None:
+            self._machine.observe(memory.observe)
         self._functions: dict[str, Callable[..., Any]] = {}
         self._positions = aligned_zeros((batch,), _INT64)
         self._lengths = aligned_zeros((batch,), _INT64)
@@ -139,13 +147,20 @@ class Session:
         """Report every call inside the compiled functions to ``callback``, from now on; see `Machine.observe`."""
         with self._lock:
             self._check_usable()
-            self._machine.observe(callback)
+            memory = self._memory
+
+            def both(*event: Any) -> None:
+                callback(*event)
+                if memory is not None:
+                    memory.observe(*event)
+
+            self._machine.observe(both if memory is not None else callback)
 
     def fork(self) -> Session:
         """An independent session in the same state; what is copied is what has been read, not the whole capacity."""
         with self._lock:
             self._check_usable()
-            forked = Session(self._program, self._manifest, self._weights, self.batch, self.max_context)
+            forked = Session(self._program, self._manifest, self._weights, self.batch, self.max_context, self._memory)
             forked._caches.copy_live(self._caches, self._positions)
             forked._positions[:] = self._positions
             return forked
@@ -169,6 +184,8 @@ class Session:
     def _prefill(self, tokens: np.ndarray, lengths: np.ndarray, all_logits: bool, chunk: int) -> np.ndarray:
         shape = tokens.shape if all_logits else (self.batch,)
         result = np.full((*shape, self._manifest.vocab_size), np.nan, dtype=np.float32)
+        if self._memory is not None:  # no more tokens at once than have room for their experts
+            chunk = min(chunk, self._memory.tokens_per_call // self.batch)
         for start in range(0, int(lengths.max()), chunk):
             live = np.clip(lengths - start, 0, chunk)
             width = int(live.max())
@@ -200,7 +217,8 @@ class Session:
         # Until the positions match the caches again, an exception (Ctrl-C included) leaves a state nobody can use.
         self._interrupted = True
         try:
-            outputs = self._functions[entry](tensor_over(input_ids, "int64"), *self._vectors)
+            with self._memory.step(tokens) if self._memory is not None else nullcontext():
+                outputs = self._functions[entry](tensor_over(input_ids, "int64"), *self._vectors)
         except Exception as error:
             raise Error(f"{entry}: the compiled function failed: {one_line(error)}") from error
         if first:

@@ -146,20 +146,25 @@ def compile(
     )
 
 
-def load(path: str | os.PathLike[str], *, threads: int | None = None, verify: str = "all") -> Model:
+def load(
+    path: str | os.PathLike[str], *, threads: int | None = None, verify: str = "all",
+    weights_memory: int | str | None = None,
+) -> Model:  # fmt: skip
     """Load an artifact for running; needs NumPy and TVM's runtime, neither torch nor a compiler.
 
     Args:
         path: folder of the artifact. Its library is code: load only artifacts you trust.
         threads: worker threads; default ``V4C_NUM_THREADS`` or the processors this process may use.
         verify: ``all`` checks every file's SHA-256, ``code`` the library and manifest only.
+        weights_memory: bytes that weights may occupy, such as ``"4GiB"``: routed experts and rows of tables stay on
+            disk but for those used last.
 
     Raises:
         v4c.ArtifactError: the artifact is incomplete, altered, of another version or for another machine.
     """
     from v4c.runtime.model import load as load_model
 
-    return load_model(path, threads=threads, verify=verify)
+    return load_model(path, threads=threads, verify=verify, weights_memory=weights_memory)
 
 
 def open_source(source: Source, weights: bool) -> Any:

@@ -10,8 +10,8 @@ import click
 
 from v4c.errors import InputError
 
-from .console import message
-from .options import debug_option, threads_option
+from .console import bytes_text, message
+from .options import debug_option, threads_option, weights_memory_option
 
 _LARGEST_TOKEN = 2**63 - 1
 
@@ -25,6 +25,7 @@ _LARGEST_TOKEN = 2**63 - 1
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Draw from this much of the probability.")
 @click.option("--seed", type=int, metavar="N", help="Of the random choices (default: another each time).")
 @click.option("--max-context", type=int, metavar="N", help="Tokens the caches can hold (default: what is needed).")
+@weights_memory_option
 @threads_option
 @debug_option
 def run(
@@ -36,6 +37,7 @@ def run(
     top_p: float,
     seed: int | None,
     max_context: int | None,
+    weights_memory: str | None,
     threads: int | None,
 ) -> None:
     """Continue a prompt with a compiled model.
@@ -48,7 +50,7 @@ def run(
     from v4c.runtime.model import load
     from v4c.runtime.text import Detokenizer
 
-    model = load(artifact, threads=threads)
+    model = load(artifact, threads=threads, weights_memory=weights_memory)
     ids = model.tokenizer.encode(prompt) if prompt is not None else given
     detokenizer = Detokenizer(model.tokenizer) if model.manifest.tokenizer is not None else None
 
@@ -70,6 +72,12 @@ def run(
         if times:
             _write("\n")
     message(speed(len(ids) if ids is not None else 0, start, times))
+    if model.weight_memory is not None:
+        traffic = model.weight_memory.traffic
+        message(
+            f"experts held {traffic.hit_rate:.1%} of {traffic.uses} uses, read {bytes_text(traffic.bytes_read)}; "
+            f"weights in memory {bytes_text(model.resident_weight_bytes)}"
+        )
 
 
 def parse_tokens(text: str) -> list[int]:
