@@ -47,6 +47,24 @@ class Caches:
                 elif position > 0:
                     target[row] = origin[row]
 
+    def ring_rows(self, positions: np.ndarray) -> list[np.ndarray]:
+        """Copies of what the rings hold in the slots of tokens at ``positions`` [B, n], a [B, n, ...] for each ring.
+
+        Reading a token writes, of a ring, the slot ``position mod size``, and nothing else.
+        """
+        rows = np.arange(len(positions))[:, None]
+        return [array[rows, positions % array.shape[1]] for array in self._rings()]
+
+    def restore_ring_rows(self, positions: np.ndarray, saved: Sequence[np.ndarray], wanted: np.ndarray) -> None:
+        """Put back what `ring_rows` copied for ``positions``, where ``wanted`` [B, n] is true."""
+        rows, columns = np.nonzero(wanted)
+        slots = positions[rows, columns]
+        for array, copies in zip(self._rings(), saved, strict=True):
+            array[rows, slots % array.shape[1]] = copies[rows, columns]
+
+    def _rings(self) -> list[np.ndarray]:
+        return [array for spec, array in zip(self._specs, self.arrays, strict=True) if spec.ratio is None]
+
     def repeat(self, positions: np.ndarray, position: int) -> None:
         """Fill caches that grow to ``position`` tokens with the rows written so far, over and over.
 

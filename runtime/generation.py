@@ -145,6 +145,11 @@ class Row:
         """The last token of the prompt, or chosen."""
         return int(self._history[self._filled - 1])
 
+    @property
+    def left(self) -> int:
+        """Tokens that may still be chosen."""
+        return len(self._history) - self._filled
+
     def choose(self, logits: np.ndarray) -> Token:
         """The next token, from the logits [V] after the last one."""
         log_probs = None if self._options.logprobs is None else log_probabilities(logits)

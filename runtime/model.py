@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,9 @@ from v4c.runtime.inputs import checked_count
 from v4c.runtime.library import Program, start_runtime
 from v4c.runtime.manifest import Manifest, Target
 from v4c.runtime.prompts import one_prompt, read_prompts
+from v4c.runtime.saved_session import SessionFile
 from v4c.runtime.session import Session
+from v4c.runtime.speculation import check_speculation, speculative
 from v4c.runtime.stopping import checked_stop
 from v4c.runtime.text import Tokenizer
 
@@ -109,6 +112,30 @@ class Model:
             max_context = self.max_context
         max_context = checked_count(max_context, "max_context", 1, self.max_context)
         return Session(self._program, self.manifest, self._weights, batch, max_context)
+
+    def restore_session(self, path: str | os.PathLike[str], max_context: int | None = None) -> Session:
+        """A session in the state of the one that `Session.save` wrote to ``path``.
+
+        Args:
+            path: the file.
+            max_context: capacity in tokens, at least what the rows have read; None takes what the saved one had.
+
+        Raises:
+            ArtifactError: the file is missing, damaged, of another version, or of another model.
+            InputError: ``max_context`` is out of range.
+        """
+        with SessionFile(Path(path), self.manifest) as file:
+            context = file.saved.max_context
+            if max_context is not None:
+                least = max(1, int(file.saved.positions.max()))
+                context = checked_count(max_context, "max_context", least, self.max_context)
+            session = self.new_session(len(file.saved.positions), context)
+            try:
+                session.fill(file)
+            except BaseException:
+                session.close()
+                raise
+        return session
 
     def generate(
         self,
@@ -218,6 +245,8 @@ class Model:
                 f"{name}: expected at most {capacity} tokens (max_context), found {before}{len(prompts[row])} and "
                 f"{options.max_new_tokens} new ones"
             )
+        if options.speculative:
+            check_speculation(self.manifest)
         ends = frozenset(options.stop_token_ids) | frozenset(self.eos_token_ids if options.eos else ())
         tokenizer = self.tokenizer if has_text and (name == "prompts" or options.stop) else None
         rows = [Row(index, prompt, options, ends, tokenizer) for index, prompt in enumerate(prompts)]
@@ -236,8 +265,9 @@ class Model:
     ) -> Iterator[Token]:
         if options.max_new_tokens == 0:
             return
+        generate = speculative if options.speculative else plain
         if session is not None:
-            yield from plain(session, prompts, rows, counts)
+            yield from generate(session, prompts, rows, counts)
             return
         with self.new_session(len(prompts), max_context) as own:
-            yield from plain(own, prompts, rows, counts)
+            yield from generate(own, prompts, rows, counts)
