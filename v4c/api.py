@@ -86,6 +86,7 @@ def compile(
     disable_passes: Collection[str] = (),
     dump_ir: str | os.PathLike[str] | None = None,
     tuning: str | os.PathLike[str] | None = None,
+    mtp: bool = True,
     strict: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -107,6 +108,8 @@ def compile(
         disable_passes: names of optional passes to leave out.
         dump_ir: folder for the module's text after every pass.
         tuning: database that `tune` wrote; its schedules take the place of the defaults.
+        mtp: compile the multi-token-prediction layer as well, where the checkpoint holds one and the target is a CPU:
+            for speculative decoding.
         strict: a kernel that the device does not take is an error; otherwise the host runs it. Of Ascend only.
         dry_run: report what would be written instead of writing it.
         progress: called with (what, done, total).
@@ -128,7 +131,12 @@ def compile(
     database = None if tuning is None else read_tuning(Path(tuning), target)
     if dry_run:
         return plan(
-            opened, target=target, storage=storage_of(dtype, quant), disable_passes=disable_passes, tuning=database
+            opened,
+            target=target,
+            storage=storage_of(dtype, quant),
+            disable_passes=disable_passes,
+            tuning=database,
+            mtp=mtp,
         )
     return compile_model(
         opened,
@@ -139,6 +147,7 @@ def compile(
         disable_passes=disable_passes,
         dump_ir=None if dump_ir is None else Path(dump_ir),
         tuning=database,
+        mtp=mtp,
         strict=strict,
         progress=progress,
     )

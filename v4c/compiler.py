@@ -71,7 +71,7 @@ def compile_model(
     options = PassOptions.checked(disable_passes, None if dump_ir is None else Dump(dump_ir))
     with ArtifactWriter(destination) as writer, tempfile.TemporaryDirectory() as scratch:
         model, config = graph(source, options, storage, progress)
-        ahead = mtp_graph(source, options, storage, progress) if mtp and weights and has_mtp(source, device) else None
+        ahead = mtp_graph(source, options, storage, progress) if mtp and has_mtp(source, device) else None
         module, specs, drafting = lower(model, device, storage, options, ahead)
         if progress:
             progress("compile kernels", 0, 0)
@@ -104,13 +104,15 @@ def plan(
     storage: Storage,
     disable_passes: Collection[str] = (),
     tuning: TuningDatabase | TileDatabase | None = None,
+    mtp: bool = True,
 ) -> dict[str, Any]:
     """What `compile_model` would write, without building or reading weights: the ``--dry-run`` report."""
     device = targets.find(target, tuning)
     disable_passes, storage = settings(device, disable_passes, storage)
     options = PassOptions.checked(disable_passes)
     model, config = graph(source, options, storage, None)
-    _, specs, _ = lower(model, device, storage, options)
+    ahead = mtp_graph(source, options, storage, None) if mtp and has_mtp(source, device) else None
+    _, specs, _ = lower(model, device, storage, options, ahead)
     packed = _packed(device, specs)
     costs = inspection.costs(config)
     return {

@@ -95,6 +95,7 @@ def export(
 @click.option("--disable-pass", "disabled", multiple=True, metavar="NAME", help="Leave a pass out; may be repeated.")
 @click.option("--dump-ir", metavar="DIR", type=click.Path(path_type=Path), help="Write the graph after each pass.")
 @click.option("--tuning", metavar="DB", type=click.Path(path_type=Path), help="Schedules that v4c tune found.")
+@click.option("--no-mtp", is_flag=True, help="Leave the multi-token-prediction layer out: no --speculative.")
 @click.option("--strict", is_flag=True, help="Fail where the device refuses a kernel, rather than use the host.")
 @click.option("--dry-run", is_flag=True, help="Print what would be compiled, as JSON, and write nothing.")
 @click.option("--verbose", is_flag=True, help="Print each step on stderr.")
@@ -111,6 +112,7 @@ def compile_command(
     disabled: tuple[str, ...],
     dump_ir: Path | None,
     tuning: Path | None,
+    no_mtp: bool,
     strict: bool,
     dry_run: bool,
     verbose: bool,
@@ -135,6 +137,7 @@ def compile_command(
             disable_passes=disabled,
             dump_ir=dump_ir,
             tuning=tuning,
+            mtp=not no_mtp,
             strict=strict,
             dry_run=dry_run,
             progress=progress,
