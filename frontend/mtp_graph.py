@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from .config import ModelConfig
 from .model.mtp import mtp_caches, mtp_name
-from .onnx_export import Assembler, cache_shape, constant
+from .onnx_export import Assembler, add_streams, cache_shape, constant
 from .rope import inv_freq
 from .trace import trace_head, trace_layer, trace_mtp_entry
 
@@ -56,3 +56,9 @@ def build_mtp(config: ModelConfig, *, dtype: str = "f32") -> ir.Model:
     (logits,) = graph.call(head, "", values | {"streams": typed(streams)}, ["logits"], mtp_name)
     logits.type, logits.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", config.vocab_size])
     return graph.finish((entry, block, head), [logits, *present], [values["inv_freq"]], specs)
+
+
+def name_streams(model: ir.Model) -> None:
+    """Give the model's graph the second output `STREAMS`, which the layer's takes."""
+    add_streams(model)
+    model.graph.outputs[1].name = STREAMS

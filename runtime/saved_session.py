@@ -258,4 +258,4 @@ def _views(caches: Sequence[CacheSpec], positions: np.ndarray, arrays: Sequence[
 
 
 def _bytes(array: np.ndarray) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data

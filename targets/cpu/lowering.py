@@ -143,6 +143,21 @@ _EXPERTS: dict[str, Callable[[Inputs, Attributes], Kernel]] = {
 """Kernels whose last argument is whether the target has AVX512-VNNI."""
 
 
+def add_kernel(op: str, choose: Callable[[Inputs, Attributes], Kernel]) -> None:
+    """Have CPU code call a kernel for an operator that v4c has none for.
+
+    Args:
+        op: ONNX name of the operator.
+        choose: the kernel for inputs (specs by name; weights as in the graph) and attributes.
+
+    Raises:
+        UnsupportedError: the operator has a kernel.
+    """
+    if op in _CUSTOM or op in _EXPERTS:
+        raise UnsupportedError(f"operator {op}: expected one without a CPU kernel, found one that has it")
+    _CUSTOM[op] = choose
+
+
 class CPUKernels:
     """CPU kernels for the importer.
 

@@ -28,6 +28,9 @@ from .options import debug_option, model_options, model_source, output_option
     help="Storage of the weight matrices.",
 )
 @click.option("--all-logits", is_flag=True, help="Logits of every token rather than of each row's last.")
+@click.option(
+    "--mtp", is_flag=True, help="Write the multi-token-prediction layer too, as NAME.mtp.onnx beside NAME.onnx."
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be exported, as JSON, and write nothing.")
 @output_option("FILE", "File to write; weights go beside it.")
 @debug_option
@@ -38,6 +41,7 @@ def export(
     format_: str,
     dtype: str,
     all_logits: bool,
+    mtp: bool,
     dry_run: bool,
     output: Path,
 ) -> None:
@@ -57,6 +61,7 @@ def export(
             dtype=dtype,
             weights=not no_weights,
             all_logits=all_logits,
+            mtp=mtp,
             dry_run=dry_run,
             progress=progress,
         )
