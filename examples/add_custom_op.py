@@ -1,10 +1,11 @@
 """Promise: an operator of your own is one declaration and one kernel; a pass of your own puts it into the graph.
 
 `python examples/add_custom_op.py [FOLDER]` caps the logits of v4-nano softly, ``cap * tanh(logits / cap)``, as Gemma 2
-does, inside the compiled model, and checks the result against NumPy.
+does, inside the compiled model, and checks the result against the torch reference.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,13 @@ from tvm.script import tirx as T
 
 import v4c
 from v4c import extend
+from v4c.frontend.initialise import RandomCheckpoint
+from v4c.frontend.model.model import V4Model
 from v4c.passes.onnx.rewriting import PassReport
 
 CAP = 0.5
+# One sliding layer, which compiles in some seconds.
+CONFIG = replace(v4c.preset("v4-nano"), num_hidden_layers=1, attention_types=("sliding",), mlp_types=("topk",))
 
 
 def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
@@ -78,14 +83,15 @@ class CapLogits:
         return PassReport(self.pass_name, len(heads))
 
 
-folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
-v4c.compile(v4c.preset("v4-nano"), folder / "plain.v4c")
 extend.add_onnx_pass(CapLogits, before="fuse-rms-norm")
-v4c.compile(v4c.preset("v4-nano"), folder / "capped.v4c")
+
+folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
+v4c.compile(CONFIG, folder / "capped.v4c")
 
 prompt = np.arange(1, 40)[None]
-plain, capped = (v4c.load(folder / f"{name}.v4c").new_session().prefill(prompt) for name in ("plain", "capped"))
+capped = v4c.load(folder / "capped.v4c").new_session().prefill(prompt)
+plain = V4Model.from_source(RandomCheckpoint(CONFIG)).logits(torch.from_numpy(prompt))[:, -1].numpy()
 difference = np.abs(capped - CAP * np.tanh(plain / CAP)).max()
-print(f"largest logit {plain.max():.3f}, capped {capped.max():.3f}; largest difference from NumPy: {difference:.1e}")
-assert capped.max() < CAP
-assert difference < 1e-5
+print(f"largest logit {plain.max():.3f}, capped {capped.max():.3f}; largest difference from torch: {difference:.1e}")
+assert capped.max() < CAP < plain.max()
+assert difference < 1e-4
