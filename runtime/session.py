@@ -144,8 +144,12 @@ class Session:
             self._check_usable()
             tokens = live_tokens(token_ids, lengths, self._manifest.vocab_size)
             check_capacity(self._positions, lengths, self.max_context)
-            logits, streams = self._call(VERIFY if all_logits else PREFILL_STREAMS, tokens, lengths)[:2]
-            return array_over(logits), array_over(streams)
+            try:
+                logits, streams = self._call(VERIFY if all_logits else PREFILL_STREAMS, tokens, lengths)[:2]
+                return array_over(logits), array_over(streams)
+            finally:
+                if not all_logits:  # a prompt, of any length
+                    self._program.release_scratch()
 
     def draft(
         self, token_ids: np.ndarray, positions: np.ndarray, lengths: np.ndarray, streams: np.ndarray

@@ -59,7 +59,11 @@ def speculative(
         pairs = np.stack([np.array([row.last for row in rows]), guesses], axis=1)
         mark = session.mark()
         logits, streams = session.read_streams(pairs, live.astype(np.int64) + wanted, all_logits=True)
-        chosen = [_choose(row, logits[r], int(guesses[r]), bool(wanted[r])) for r, row in enumerate(rows)]
+        try:
+            chosen = [_choose(row, logits[r], int(guesses[r]), bool(wanted[r])) for r, row in enumerate(rows)]
+        except BaseException:  # a processor's, or Ctrl-C: leave the state of plain decoding
+            session.rewind(mark, wanted)
+            raise
         kept = np.array([len(tokens) for tokens in chosen])
         session.rewind(mark, wanted & (kept < 2))
         counts.calls += 1

@@ -56,6 +56,7 @@ def test_embed_in_app(compiled: tuple[Path, str]) -> None:
     assert printed.count(" -> ") == 3
 
 
+@pytest.mark.slow
 def test_long_context(tmp_path: Path) -> None:
     printed = run_example("long_context.py", cwd=tmp_path)
     grown, full = (int(part.split(" MiB")[0].split()[-1]) for part in printed.split("memory grew")[1].split(";")[:2])
@@ -69,8 +70,8 @@ def test_long_context(tmp_path: Path) -> None:
     [
         ("add_custom_op.py", "largest logit"),
         ("add_pass.py", "what the clamps change"),
-        ("add_target.py", "cpu:portable, features []"),
-        ("tune.py", "grouped_linear"),
+        pytest.param("add_target.py", "cpu:portable, features []", marks=pytest.mark.slow),
+        pytest.param("tune.py", "grouped_linear", marks=pytest.mark.slow),
     ],
 )
 def test_extensions_and_tuning(name: str, line: str, tmp_path: Path) -> None:

@@ -170,6 +170,25 @@ def test_rows_of_a_batch_accept_each_for_itself(model: Model, monkeypatch: pytes
     assert len(set(read)) == 3
 
 
+def test_an_error_of_a_processor_leaves_the_state_of_plain_decoding(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (expected,) = model.complete([prompt(model)], Options(30, eos=False))
+    put_guesses(monkeypatch, [expected.token_ids], [PROMPT], 0.0)
+
+    def failing(tokens: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        if len(tokens) == PROMPT + 10:
+            raise RuntimeError("enough")
+        return logits
+
+    with model.new_session(1, 256) as session:
+        with pytest.raises(RuntimeError, match="enough"):
+            model.complete([prompt(model)], Options(30, processor=failing, speculative=True), session=session)
+        assert session.position.tolist() == [PROMPT + 10]
+        more = model.complete([expected.token_ids[10:11]], Options(10, eos=False), session=session)
+    assert more[0].token_ids == expected.token_ids[11:21]
+
+
 def test_a_full_context_is_filled(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     (expected,) = model.complete([prompt(model, 6)], Options(11, eos=False))
     put_guesses(monkeypatch, [expected.token_ids], [6], 1.0)
