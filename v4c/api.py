@@ -116,8 +116,11 @@ def compile(
             float16.
         quant: ``none``, ``int8`` or ``int4``: quantisation of the matrices of products, 32 weights to a float16 scale;
             the rows they are multiplied with are rounded to 8 bits likewise. The embedding stays as `dtype` has it;
-            norms, routers, hyper-connections and sinks stay float32.
-        kv: storage of the caches: ``f32``.
+            norms, routers, hyper-connections and sinks stay float32. ``native`` keeps FP8 and FP4 matrices of products
+            as the checkpoint has them, and other weights bfloat16 or float32; the rows that FP4 is multiplied with are
+            rounded to 8 bits.
+        kv: storage of the window, the compressed rows and the indexer's: ``f32``, ``bf16``, or ``fp8`` (e4m3 with the
+            rotated dims in bfloat16, and FP4 rows for the indexer). CPU only beyond ``f32``.
         weights: False builds the library alone; the artifact can be inspected, not run.
         disable_passes: names of optional passes to leave out.
         dump_ir: folder for the module's text after every pass.
@@ -134,29 +137,23 @@ def compile(
     Raises:
         v4c.Error: bad input or an output that cannot be written; nothing is left behind.
     """
-    from v4c.compiler import DTYPES, compile_model, plan, storage_of
+    from v4c.compiler import DTYPES, KV_FORMATS, compile_model, plan, storage_of
     from v4c.targets.cpu.kernels.quant_packing import QUANTISED
     from v4c.tuning import read_tuning
 
     _one_of("dtype", dtype, tuple(DTYPES))
-    _one_of("quant", quant, ("none", *QUANTISED))
-    _one_of("kv", kv, ("f32",))
+    _one_of("quant", quant, ("none", *QUANTISED, "native"))
+    _one_of("kv", kv, KV_FORMATS)
+    storage = storage_of(dtype, quant, next(known for known in KV_FORMATS if known == kv))
     opened = open_source(source, weights)
     database = None if tuning is None else read_tuning(Path(tuning), target)
     if dry_run:
-        return plan(
-            opened,
-            target=target,
-            storage=storage_of(dtype, quant),
-            disable_passes=disable_passes,
-            tuning=database,
-            mtp=mtp,
-        )
+        return plan(opened, target=target, storage=storage, disable_passes=disable_passes, tuning=database, mtp=mtp)
     return compile_model(
         opened,
         Path(path),
         target=target,
-        storage=storage_of(dtype, quant),
+        storage=storage,
         weights=weights,
         disable_passes=disable_passes,
         dump_ir=None if dump_ir is None else Path(dump_ir),

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from v4c import inspection, targets
+from v4c.errors import UnsupportedError
 from v4c.frontend.config import ModelConfig
 from v4c.frontend.model.caches import CacheSpec, model_caches
 from v4c.frontend.model.model import WeightSource
@@ -27,15 +28,17 @@ from v4c.frontend.mtp_graph import build_mtp
 from v4c.frontend.onnx_export import add_heads, add_streams, build, cache_shape, set_head
 from v4c.onnx_source import OnnxSource
 from v4c.passes.dump import Dump
+from v4c.passes.onnx.hoisting import STORED
 from v4c.passes.onnx.rewriting import PassReport
 from v4c.passes.pipeline import PACK_WEIGHTS, SHARE_LAYERS, SPECIALISE_DECODE, PassOptions, run_onnx_passes
 from v4c.passes.relax.importer import Importer
-from v4c.passes.relax.layouts import Storage, WeightSpec
+from v4c.passes.relax.layouts import CacheFormat, Storage, WeightSpec
 from v4c.progress import Progress
 from v4c.runtime import manifest as artifact
 from v4c.runtime.library import choose_threads
 from v4c.runtime.shards import plan_shards
 from v4c.runtime.writer import SHARD_BYTES, ArtifactWriter
+from v4c.stored_formats import stored_formats
 from v4c.targets.base import Simulated, Target
 from v4c.weight_packing import pack_weights, peak_bytes, resume_key
 
@@ -44,11 +47,15 @@ if TYPE_CHECKING:
     from v4c.targets.cpu.tuning_database import TuningDatabase
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
+KV_FORMATS: tuple[CacheFormat, ...] = ("f32", "bf16", "fp8")
+_ONNX_DTYPES = {"float32": "FLOAT", "bfloat16": "BFLOAT16", "uint8": "UINT8", "int64": "INT64"}
 
 
-def storage_of(dtype: str, quant: str) -> Storage:
-    """What weights are stored as for options ``--dtype`` and ``--quant``."""
-    return Storage(DTYPES[dtype], DTYPES[dtype] if quant == "none" else quant)
+def storage_of(dtype: str, quant: str, kv: CacheFormat = "f32") -> Storage:
+    """What weights and caches are stored as for options ``--dtype``, ``--quant`` and ``--kv``."""
+    if quant == "native":
+        return Storage(quant, quant, kv)
+    return Storage(DTYPES[dtype], DTYPES[dtype] if quant == "none" else quant, kv)
 
 
 def compile_model(
@@ -125,7 +132,8 @@ def plan(
         "flops_per_token": costs["flops_per_token"],
         "cache_bytes": costs["cache_bytes"],
         "caches": [
-            {"name": c.path, "dtype": _cache_dtype(c, device), "shape": cache_shape(c)} for c in model_caches(config)
+            {"name": c.path, "dtype": _cache_dtype(c, device), "shape": cache_shape(c)}
+            for c in model_caches(config, storage.kv)
         ],
         **device.notes,
     }
@@ -139,7 +147,7 @@ def lower(
     With `mtp`, the graph of the MTP layer, there are further entry points, and weights that only they take come last.
     """
     choose_threads()  # before TVM makes its workers: the artifact may be run in this same process
-    _store_caches(model, device)
+    _store_caches(model, device, storage)
     importer = Importer(
         model, device.kernels, _weight_names(model), storage, share_layers=SHARE_LAYERS not in options.disabled,
         pack_weights=PACK_WEIGHTS not in options.disabled,
@@ -177,6 +185,7 @@ def mtp_graph(source: Any, options: PassOptions, storage: Storage, progress: Pro
     if progress:
         progress("trace the MTP layer", 0, 0)
     model = build_mtp(source.config)
+    _mark_stored(model, source, storage)
     for report in run_onnx_passes(model, PassOptions(options.disabled), _weight_names(model), storage.products):
         _tell(report, progress)
     return model
@@ -186,6 +195,8 @@ def settings(device: Target, disable_passes: Collection[str], storage: Storage) 
     """Passes to leave out and storage of weights: what was asked, and what the target's kernels need."""
     if not isinstance(device, Simulated):
         return disable_passes, storage
+    if storage.kv != "f32":
+        raise UnsupportedError(f"kv {storage.kv!r}: expected f32 for target {device.name}: its caches are float16")
     return [*dict.fromkeys((*disable_passes, *device.without_passes))], device.storage(storage)
 
 
@@ -195,9 +206,17 @@ def _cache_dtype(cache: CacheSpec, device: Target) -> str:
     return own.get(cache.path.rpartition(".")[2], cache.dtype)
 
 
-def _store_caches(model: ir.Model, device: Target) -> None:
+def _store_caches(model: ir.Model, device: Target, storage: Storage) -> None:
     """Give the graph's caches the dtypes of the target's kernels; types within follow at import."""
     if not isinstance(device, Simulated):
+        config = ModelConfig.from_dict(json.loads(model.metadata_props["v4c.config"]), "v4c.config")
+        inputs = {str(value.name): value for value in model.graph.inputs}
+        for cache in model_caches(config, storage.kv):
+            value = inputs[f"past.{cache.path}"]
+            value.dtype = ir.DataType[_ONNX_DTYPES[cache.dtype]]
+            if cache.width is not None:
+                assert value.shape is not None
+                value.shape = ir.Shape([*list(value.shape)[:-1], cache.width])
         return
     for value in model.graph.inputs:
         dtype = device.cache_dtypes.get(str(value.name).rpartition(".")[2])
@@ -229,9 +248,19 @@ def graph(
     config = source if isinstance(source, ModelConfig) else source.config
     model = source.model if isinstance(source, OnnxSource) else build(config, progress=progress)
     add_heads(model, config)
+    _mark_stored(model, source, storage)
     for report in run_onnx_passes(model, options, _weight_names(model), storage.products):
         _tell(report, progress)
     return model, config
+
+
+def _mark_stored(model: ir.Model, source: Any, storage: Storage) -> None:
+    """Say of each weight what the checkpoint has it in, where that is what is to be packed."""
+    if storage.products == "native":
+        stored = stored_formats(source)
+        for value in (*model.graph.inputs, *model.graph.initializers.values()):
+            if str(value.name) in stored:
+                value.metadata_props[STORED] = stored[str(value.name)]
 
 
 def _packed(device: Target, weights: list[WeightSpec]) -> list[artifact.WeightSpec]:
@@ -258,12 +287,12 @@ def _manifest(
         v4c_version=version("v4c"),
         tvm_version=version("apache-tvm"),
         target=artifact.Target(device.name, os.uname().machine, device.features),
-        dtypes=artifact.DTypes(storage.products, "float32", _main_cache_dtype(config, device)),
+        dtypes=artifact.DTypes(storage.products, "float32", _main_cache_dtype(config, device, storage)),
         config=config.to_dict(),
         vocab_size=config.vocab_size,
         max_context=config.max_position_embeddings,
         eos_token_ids=config.eos_token_ids,
-        caches=_stored_caches(model_caches(config), device),
+        caches=_stored_caches(model_caches(config, storage.kv), device),
         entry_points=entry_points,
         mtp=mtp,
         build=notes,
@@ -275,7 +304,9 @@ def _stored_caches(caches: list[CacheSpec], device: Target) -> tuple[artifact.Ca
     return tuple(artifact.CacheSpec(c.path, _cache_dtype(c, device), _dims(c)) for c in caches)
 
 
-def _main_cache_dtype(config: ModelConfig, device: Target) -> str:
+def _main_cache_dtype(config: ModelConfig, device: Target, storage: Storage) -> str:
+    if storage.kv != "f32":
+        return {"bf16": "bfloat16"}.get(storage.kv, storage.kv)
     return _cache_dtype(next(c for c in model_caches(config) if c.path.endswith(".window")), device)
 
 

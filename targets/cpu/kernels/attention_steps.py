@@ -19,6 +19,8 @@ from tvm.script import tirx as T
 from ..schedule import AttentionSchedule
 from .common import exp, vector_width
 from .rope import fill_angles, rotate_row
+from .row_formats import CacheRows
+from .weight_formats import each_row
 
 
 @dataclass(frozen=True)
@@ -104,21 +106,14 @@ def start(
 
 
 @T.inline
-def copy_row(tile: Tiles, panel: Any, r: Any, source: Any, i: Any, at: Any) -> None:
-    """``panel[r] = source[i, at]``."""
-    for c in range(T.int64(tile.width)):
-        panel[r, c] = source[i, at, c]
-
-
-@T.inline
 def copy_raw_row(
-    tile: Tiles, window_size: int, panel: Any, r: Any, kv: Any, window: Any, i: Any, t: Any, p: Any
+    stored: CacheRows, window_size: int, panel: Any, r: Any, kv: Any, window: Any, i: Any, t: Any, p: Any
 ) -> None:
     """``panel[r]`` = the raw row of position t: from this chunk, or from the ring when it is older."""
     if t >= p:
-        copy_row(tile, panel, r, kv, i, t - p)
+        stored.read(panel, r, kv, i, t - p)
     else:
-        copy_row(tile, panel, r, window, i, t % T.int64(window_size))
+        stored.read(panel, r, window, i, t % T.int64(window_size))
 
 
 def _accumulators(tile: Tiles) -> list[Any]:
@@ -230,6 +225,7 @@ def rotate_back(
 @T.inline
 def attend_rows(
     tile: Tiles,
+    stored: CacheRows,
     window_size: int,
     scale: float,
     sink: int,
@@ -253,7 +249,8 @@ def attend_rows(
     """All heads of a token over the panels from `first` to `last` of the rows it sees, into ``out[i, at]``.
 
     The token sees its last raw rows, then `compressed` compressed ones. `rows` is None where there are none; `chosen`
-    lists the compressed rows, or is None where they are the first ones. The outputs are not yet divided by `total`.
+    lists the compressed rows, or is None where they are the first ones. `stored` is the format of kv, window and rows.
+    The outputs are not yet divided by `total`.
     """
     packed = T.alloc_buffer((T.int64(tile.blocks), T.int64(tile.width), T.int64(tile.head_block)), "float32")
     panel = T.alloc_buffer((T.int64(tile.panel), T.int64(tile.pitch)), "float32")
@@ -268,13 +265,13 @@ def attend_rows(
         for r in range(count):
             row: T.let = top + r
             if row < raw:
-                copy_raw_row(tile, window_size, panel, r, kv, window, i, t + T.int64(1) - raw + row, p)
+                copy_raw_row(stored, window_size, panel, r, kv, window, i, t + T.int64(1) - raw + row, p)
             elif rows is None:
                 pass
             elif chosen is None:
-                copy_row(tile, panel, r, rows, i, row - raw)
+                stored.read(panel, r, rows, i, row - raw)
             else:
-                copy_row(tile, panel, r, rows, i, chosen[row - raw])
+                stored.read(panel, r, rows, i, chosen[row - raw])
         for g in range(T.int64(tile.blocks)):
             attend(tile, packed, panel, scores, peak, total, out, count, i, at, g)
 
@@ -306,11 +303,26 @@ def zero(tile: Tiles, out: Any, i: Any, j: Any, first: Any, count: int) -> None:
 
 
 @T.inline
-def write_window(tile: Tiles, window_size: int, kv: Any, window: Any, positions: Any, lengths: Any, batch: Any) -> None:
+def encode_rows(stored: CacheRows, kv: Any, own: Any, lengths: Any, batch: Any, chunk: Any) -> None:
+    """The chunk's live rows ``kv [B * S, width]`` as the caches have them, ``own [B, S, columns]``."""
+
+    @T.inline
+    def encode(item):
+        i: T.let = T.truncdiv(item, chunk)
+        j: T.let = T.truncmod(item, chunk)
+        if j < lengths[i]:
+            stored.write(own, i, j, kv, item)
+
+    each_row(encode, batch * chunk, stored.width)
+
+
+@T.inline
+def write_window(
+    stored: CacheRows, window_size: int, kv: Any, window: Any, positions: Any, lengths: Any, batch: Any
+) -> None:
     """The live rows of the chunk into the ring, slot = position mod window; only the last `window_size` matter."""
     for i in range(batch):
         live: T.let = T.min(lengths[i], T.int64(window_size))
         for a in range(live):
             j: T.let = lengths[i] - live + a
-            for c in range(T.int64(tile.width)):
-                window[i, (positions[i] + j) % T.int64(window_size), c] = kv[i, j, c]
+            stored.copy(window, i, (positions[i] + j) % T.int64(window_size), kv, j)
