@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.speculative import compare
 from tests.v4c.cli_harness import assert_one_line, invoke
 from v4c.api import compile as compile_model
 from v4c.frontend.checkpoint import Checkpoint
@@ -25,7 +26,7 @@ from v4c.frontend.model.caches import allocate
 from v4c.frontend.model.model import V4Model
 from v4c.frontend.model.mtp import MTPModel, allocate_mtp
 from v4c.runtime import Model, load
-from v4c.runtime.generation import Options, Token
+from v4c.runtime.generation import Completion, Options, Token
 from v4c.runtime.sampling import Sampler
 from v4c.runtime.speculation import Drafter
 
@@ -112,11 +113,19 @@ def test_a_token_taken_back_leaves_no_trace(model: Model) -> None:
             np.testing.assert_array_equal(one[:, written], other[:, written], err_msg=spec.name)
 
 
+@pytest.fixture(scope="module")
+def long(model: Model) -> list[Completion]:
+    """2,000 tokens by plain decoding."""
+    return model.complete([prompt(model)], Options(2000, eos=False))
+
+
 @pytest.mark.parametrize("right", [None, 0.0, 0.5, 1.0])
-def test_greedy_tokens_are_the_same(model: Model, monkeypatch: pytest.MonkeyPatch, right: float | None) -> None:
-    count = 300
+def test_greedy_tokens_are_the_same(
+    model: Model, long: list[Completion], monkeypatch: pytest.MonkeyPatch, right: float | None
+) -> None:
+    count = 2000
     options = Options(count, eos=False)
-    (expected,) = model.complete([prompt(model)], options)
+    (expected,) = long
     if right is not None:
         put_guesses(monkeypatch, [expected.token_ids], [PROMPT], right)
     stream = model.stream([prompt(model)], replace(options, speculative=True))
@@ -129,7 +138,7 @@ def test_greedy_tokens_are_the_same(model: Model, monkeypatch: pytest.MonkeyPatc
         assert counts.acceptance == 1.0
         assert counts.calls == count // 2
     elif right == 0.5:
-        assert 0.35 < counts.acceptance < 0.65
+        assert 0.45 < counts.acceptance < 0.55
         assert counts.calls < 0.75 * count
 
 
@@ -288,3 +297,11 @@ def test_a_guess_is_never_chosen_by_the_sampler(model: Model) -> None:
             tokens.append(int(sampler(logits)[0]))
             logits = session.decode(tokens[-1:])
     assert found.token_ids == tokens
+
+
+def test_the_benchmark_compares_both_ways(model: Model) -> None:
+    found = compare(model, prompt(model), 20, rounds=1)
+    assert found["equal"]
+    assert (found["tokens"], found["plain"]["steps"]) == (20, 19)
+    assert found["speculative"]["steps"] <= 19
+    assert found["gain"] > 0
