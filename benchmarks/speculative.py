@@ -1,7 +1,7 @@
 """Speculative decoding against plain decoding of the same artifact: the same tokens, how many steps, how long.
 
-`python -m benchmarks.speculative ARTIFACT --tokens 1,2,3 [--max-new-tokens N] [--rounds N]` generates greedily both ways,
-interleaved, and prints one JSON document. The artifact must have a multi-token-prediction layer.
+`python -m benchmarks.speculative ARTIFACT --tokens 1,2,3 [--max-new-tokens N] [--rounds N]` generates greedily both
+ways, interleaved, and prints one JSON document. The artifact must have a multi-token-prediction layer.
 """
 
 from __future__ import annotations
