@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -249,6 +250,11 @@ def test_shared_weights_are_stored_once(model: Model) -> None:
     assert len(set(names)) == len(names)
     assert all("mtp.0." in name for name in mtp.own_weights)
     assert set(mtp.weights) - set(mtp.own_weights) == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+def test_inspect_says_that_it_can(artifact: Path) -> None:
+    assert json.loads(invoke("inspect", artifact, "--json").stdout)["mtp"] is True
+    assert re.search(r"^mtp +yes$", invoke("inspect", artifact).stdout, re.MULTILINE)
 
 
 def test_a_saved_session_goes_on_speculating(model: Model, tmp_path: Path) -> None:
