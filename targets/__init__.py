@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from v4c.errors import UnsupportedError
@@ -16,6 +17,23 @@ if TYPE_CHECKING:
 Kind = TypeVar("Kind")
 
 NAMES = ("cpu", "ascend")
+
+_added: dict[str, Callable[[str], Target]] = {}
+
+
+def add_target(name: str, parse: Callable[[str], Target]) -> None:
+    """Have this process know another target.
+
+    Args:
+        name: what stands before the colon, such as ``mychip``; it must not be taken.
+        parse: makes the target of what stands behind it, ``""`` where there is no colon.
+
+    Raises:
+        UnsupportedError: the name is taken, or holds a colon.
+    """
+    if name in (*NAMES, *_added) or not name or ":" in name:
+        raise UnsupportedError(f"target {name!r}: expected a name of its own without a colon, found one that is taken")
+    _added[name] = parse
 
 
 def find(
@@ -46,7 +64,9 @@ def find(
         from .ascend.tile_database import TileDatabase
 
         return AscendTarget.parse(variant, _of_kind(tuning, TileDatabase, text), strict, progress)
-    raise UnsupportedError(f"target {text!r}: expected one of {', '.join(NAMES)} (optionally :variant)")
+    if name in _added:
+        return _added[name](variant)
+    raise UnsupportedError(f"target {text!r}: expected one of {', '.join((*NAMES, *_added))} (optionally :variant)")
 
 
 def _of_kind(tuning: Any, kind: type[Kind], text: str) -> Kind | None:
