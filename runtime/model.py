@@ -11,6 +11,8 @@ import numpy as np
 
 from v4c.errors import InputError
 from v4c.runtime.artifact import Artifact
+from v4c.runtime.cuda import GPU
+from v4c.runtime.devices import Host
 from v4c.runtime.inputs import checked_count, integer_array
 from v4c.runtime.library import Program, start_runtime
 from v4c.runtime.manifest import Manifest, Target
@@ -30,13 +32,15 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None, verify: st
 
     Raises:
         ArtifactError: the artifact is incomplete, altered, of another format, or for another machine.
-        UnsupportedError: it was compiled for a target this runtime cannot drive.
+        UnsupportedError: it was compiled for a target this runtime cannot drive, or for a GPU and something that needs
+            is missing.
         InputError: ``verify`` is unknown, or ``threads`` is not what the process already runs with.
     """
     artifact = Artifact(path, verify)
     artifact.check_machine()
     running = start_runtime(threads)
-    return Model(artifact, Program(artifact.library), running)
+    device = GPU() if artifact.on_gpu else Host()
+    return Model(artifact, Program(artifact.library, device), running)
 
 
 class Model:
@@ -52,7 +56,7 @@ class Model:
         self.threads = threads
         self._artifact = artifact
         self._program = program
-        self._weights = artifact.map_weights()
+        self._weights = program.device.weights(artifact.map_weights())
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -97,7 +101,7 @@ class Model:
     def new_session(self, batch: int = 1, max_context: int | None = None) -> Session:
         """A session of ``batch`` rows of up to ``max_context`` tokens each (None: the model's largest).
 
-        Its caches take memory as they fill, not at once.
+        Its caches take memory as they fill, not at once; on a GPU, at once.
 
         Raises:
             InputError: an argument is out of range, or the caches cannot be allocated.

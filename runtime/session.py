@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from v4c.errors import ArtifactError, Error, InputError
-from v4c.runtime.caches import Caches
 from v4c.runtime.inputs import (
     check_capacity,
     checked_count,
@@ -25,7 +24,7 @@ from v4c.runtime.inputs import (
 )
 from v4c.runtime.library import Program, one_line
 from v4c.runtime.manifest import DECODE_ONE, Manifest
-from v4c.runtime.tensors import aligned_zeros, array_over, tensor_over
+from v4c.runtime.tensors import aligned_zeros
 
 _INT64 = np.dtype(np.int64)
 
@@ -50,13 +49,15 @@ class Session:
         self._program = program
         self._manifest = manifest
         self._weights = weights
-        self._caches = Caches(manifest.caches, batch, max_context)
+        self._device = program.device
+        self._caches = self._device.caches(manifest.caches, batch, max_context)
         self._machine = program.new_machine()
         self._functions: dict[str, Callable[..., Any]] = {}
         self._positions = aligned_zeros((batch,), _INT64)
         self._lengths = aligned_zeros((batch,), _INT64)
-        # The compiled functions read both arrays in place; only their content changes.
-        self._vectors = (tensor_over(self._positions, "int64"), tensor_over(self._lengths, "int64"))
+        # The compiled functions read inputs at the same places in every step; only their content changes.
+        self._vectors = (self._device.mirror(self._positions, "int64"), self._device.mirror(self._lengths, "int64"))
+        self._tokens: tuple[np.ndarray, Any] | None = None
         self._lock = threading.Lock()
         self._closed = False
         self._interrupted = False
@@ -189,9 +190,8 @@ class Session:
 
     def _run(self, entry: str, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """One call of a compiled function on checked arguments; positions move on when it has returned."""
-        input_ids = aligned_zeros(tokens.shape, _INT64)
-        input_ids[:] = tokens
         self._lengths[:] = lengths
+        input_ids = self._feed(tokens)
         first = entry not in self._functions
         if first:
             self._functions[entry] = self._machine.bind(
@@ -200,14 +200,29 @@ class Session:
         # Until the positions match the caches again, an exception (Ctrl-C included) leaves a state nobody can use.
         self._interrupted = True
         try:
-            outputs = self._functions[entry](tensor_over(input_ids, "int64"), *self._vectors)
+            outputs = self._functions[entry](input_ids, *self._vectors)
+            logits = self._device.fetch(outputs[0])
         except Exception as error:
             raise Error(f"{entry}: the compiled function failed: {one_line(error)}") from error
         if first:
             self._check_in_place(entry, outputs)
         self._positions += lengths
         self._interrupted = False
-        return array_over(outputs[0])
+        return logits
+
+    def _feed(self, tokens: np.ndarray) -> Any:
+        """The input tensor with ``tokens`` [B, S], and the vectors up to date; that of a step is kept."""
+        held = self._tokens if tokens.shape[1] == 1 else None
+        if held is None:
+            input_ids = aligned_zeros(tokens.shape, _INT64)
+            held = (input_ids, self._device.mirror(input_ids, "int64"))
+            if tokens.shape[1] == 1:
+                self._tokens = held
+        held[0][:] = tokens
+        self._device.refresh(held[1], held[0])
+        for tensor, array in zip(self._vectors, (self._positions, self._lengths), strict=True):
+            self._device.refresh(tensor, array)
+        return held[1]
 
     def _check_in_place(self, entry: str, outputs: Any) -> None:
         """Refuse a library whose caches are copies: its state would be lost after every call."""
