@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from v4c.errors import InputError, UnsupportedError
 from v4c.runtime import cuda_library
+from v4c.runtime.cuda_graph import RecordedStep, Stream
 from v4c.runtime.devices import CPU_MACHINE
 from v4c.runtime.dtypes import DTYPES
 from v4c.runtime.library import import_ffi, one_line
@@ -63,6 +66,17 @@ class GPU:
             function("runtime.TVMTensorCopyFromBytes"), function("runtime.TVMTensorCopyToBytes"),
         )  # fmt: skip
         self._device = self._ffi.device("cuda", 0)
+        self._stream = Stream()
+        self._lock = threading.RLock()
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """One session at a time, on the one stream: kernels and copies of all are in order."""
+        with self._lock, self._ffi.use_raw_stream(self._device, self._stream.handle.value):
+            yield
+
+    def step(self, function: Callable[..., Any], releases: Callable[[], int]) -> Callable[..., Any]:
+        return RecordedStep(function, self._stream, releases)
 
     def empty(self, shape: Sequence[int], dtype: str, what: str) -> Any:
         """Memory of the GPU; InputError names ``what`` if there is not enough."""
@@ -74,18 +88,17 @@ class GPU:
 
     def weights(self, tensors: Sequence[Any]) -> list[Any]:
         made = []
-        for tensor in tensors:
-            made.append(self.empty(tensor.shape, str(tensor.dtype), "weights"))
-            self._copy(tensor, made[-1])
+        with self.exclusive():
+            for tensor in tensors:
+                made.append(self.empty(tensor.shape, str(tensor.dtype), "weights"))
+                self._copy(tensor, made[-1])
         return made
 
     def caches(self, specs: Sequence[CacheSpec], batch: int, max_context: int) -> GPUCaches:
         return GPUCaches(self, specs, batch, max_context)
 
     def mirror(self, array: np.ndarray, dtype: str) -> Any:
-        tensor = self.empty(array.shape, dtype, "inputs")
-        self.refresh(tensor, array)
-        return tensor
+        return self.empty(array.shape, dtype, "inputs")
 
     def refresh(self, tensor: Any, array: np.ndarray) -> None:
         self._upload(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)

@@ -71,16 +71,15 @@ def find_device() -> Device:
 
 
 @cache
-def open_runtime() -> None:
-    """The CUDA runtime: of the system, of PyPI's ``nvidia-cuda-runtime``, or of a toolkit.
+def open_runtime() -> ctypes.CDLL:
+    """The CUDA runtime, loaded: of the system, of PyPI's ``nvidia-cuda-runtime``, or of a toolkit.
 
     Raises:
         UnsupportedError: there is none.
     """
     for candidate in (RUNTIME, *map(str, _runtime_files())):
         try:
-            ctypes.CDLL(candidate, ctypes.RTLD_GLOBAL)
-            return
+            return ctypes.CDLL(candidate, ctypes.RTLD_GLOBAL)
         except OSError:
             continue
     raise UnsupportedError(

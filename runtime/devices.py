@@ -6,7 +6,8 @@ before a call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -50,13 +51,22 @@ class Device(Protocol):
         """Caches of a new session."""
 
     def mirror(self, array: np.ndarray, dtype: str) -> Any:
-        """A tensor for kernels that stands for ``array``; its place does not change."""
+        """A tensor for kernels that stands for ``array``, once it is refreshed; its place does not change."""
 
     def refresh(self, tensor: Any, array: np.ndarray) -> None:
         """Bring a tensor that `mirror` made up to date."""
 
     def fetch(self, tensor: Any) -> np.ndarray:
         """A result of a compiled function, once it is computed, as a writable array."""
+
+    def exclusive(self) -> AbstractContextManager[Any]:
+        """Held while a session calls compiled functions or copies state."""
+
+    def step(self, function: Callable[..., Any], releases: Callable[[], int]) -> Callable[..., Any]:
+        """The same function, made for being called with the same tensors over and over.
+
+        ``releases`` counts how often scratch memory has been released.
+        """
 
 
 class Host:
@@ -78,3 +88,9 @@ class Host:
 
     def fetch(self, tensor: Any) -> np.ndarray:
         return array_over(tensor)
+
+    def exclusive(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def step(self, function: Callable[..., Any], releases: Callable[[], int]) -> Callable[..., Any]:
+        return function

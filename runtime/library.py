@@ -139,6 +139,9 @@ class Program:
         path: the verified library of an artifact.
         device: what it runs on; its libraries are loaded.
 
+    Attributes:
+        releases: how often scratch memory has been released.
+
     Raises:
         ArtifactError: it cannot be loaded, or holds no Relax executable.
     """
@@ -146,6 +149,7 @@ class Program:
     def __init__(self, path: Path, device: Device) -> None:
         ffi = import_ffi()
         self.device = device
+        self.releases = 0
         try:
             self._module = ffi.load_module(str(path))
             self._load_executable = self._module["vm_load_executable"]
@@ -165,6 +169,7 @@ class Program:
         TVM's pool keeps a buffer of every size it has seen, and prompts come in every length.
         """
         self._clear()
+        self.releases += 1
 
     def function(self, name: str) -> Callable[..., Any] | None:
         """A compiled function of the library outside the virtual machine, None where there is none of that name."""

@@ -60,6 +60,7 @@ class Session:
         self._tokens: tuple[np.ndarray, Any] | None = None
         self._lock = threading.Lock()
         self._closed = False
+        self._observed = False
         self._interrupted = False
 
     @property
@@ -90,7 +91,8 @@ class Session:
             try:
                 return self._prefill(tokens, lengths, all_logits, chunk)
             finally:
-                self._program.release_scratch()
+                with self._device.exclusive():
+                    self._program.release_scratch()
 
     def decode(self, token_ids: Any, lengths: Any = None) -> np.ndarray:
         """Read one token per row.
@@ -133,13 +135,16 @@ class Session:
         with self._lock:
             self._check_usable()
             position = checked_count(position, "position", 0, self.max_context)
-            self._caches.repeat(self._positions, position)
+            with self._device.exclusive():
+                self._caches.repeat(self._positions, position)
             self._positions[:] = position
 
     def observe(self, callback: Callable[..., Any]) -> None:
         """Report every call inside the compiled functions to ``callback``, from now on; see `Machine.observe`."""
         with self._lock:
             self._check_usable()
+            self._observed = True
+            self._functions.clear()
             self._machine.observe(callback)
 
     def fork(self) -> Session:
@@ -147,7 +152,8 @@ class Session:
         with self._lock:
             self._check_usable()
             forked = Session(self._program, self._manifest, self._weights, self.batch, self.max_context)
-            forked._caches.copy_live(self._caches, self._positions)
+            with self._device.exclusive():
+                forked._caches.copy_live(self._caches, self._positions)
             forked._positions[:] = self._positions
             return forked
 
@@ -190,13 +196,15 @@ class Session:
 
     def _run(self, entry: str, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """One call of a compiled function on checked arguments; positions move on when it has returned."""
+        with self._device.exclusive():
+            return self._run_alone(entry, tokens, lengths)
+
+    def _run_alone(self, entry: str, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         self._lengths[:] = lengths
         input_ids = self._feed(tokens)
         first = entry not in self._functions
         if first:
-            self._functions[entry] = self._machine.bind(
-                self._manifest.entry_points[entry], [*self._caches.tensors, *self._weights]
-            )
+            self._functions[entry] = self._bound(entry)
         # Until the positions match the caches again, an exception (Ctrl-C included) leaves a state nobody can use.
         self._interrupted = True
         try:
@@ -209,6 +217,13 @@ class Session:
         self._positions += lengths
         self._interrupted = False
         return logits
+
+    def _bound(self, entry: str) -> Callable[..., Any]:
+        """An entry point with caches and weights; a step as the device repeats it, unless its calls are observed."""
+        bound = self._machine.bind(self._manifest.entry_points[entry], [*self._caches.tensors, *self._weights])
+        if entry != self._decode_entry or self._observed:
+            return bound
+        return self._device.step(bound, lambda: self._program.releases)
 
     def _feed(self, tokens: np.ndarray) -> Any:
         """The input tensor with ``tokens`` [B, S], and the vectors up to date; that of a step is kept."""

@@ -34,6 +34,9 @@ HALF_TOLERANCE = 2e-2
 """The same for float16 arithmetic, that of the Ascend simulation, of a typical position: rounding to 11 bits makes a
 router or an indexer choose otherwise now and then, and such a position is another computation."""
 
+BFLOAT16_TOLERANCE = 8e-2
+"""The same for bfloat16 arithmetic, that of a GPU's tensor cores, which rounds to 8 bits."""
+
 QUANTISED_TOLERANCE = 1.0
 """The same for quantised weights, of a typical position; logits that have nothing to do with each other differ by six.
 
@@ -112,8 +115,8 @@ def verify(
     report = progress or (lambda what, done, total: None)
     report("torch reference", 0, 5)
     expected = _reference(weights, model, tokens)
-    quantised, half = model.manifest.dtypes.weights in QUANTISED, model.manifest.dtypes.weights == "float16"
-    relative = QUANTISED_TOLERANCE if quantised else HALF_TOLERANCE if half else RELATIVE_TOLERANCE
+    quantised, half = model.manifest.dtypes.weights in QUANTISED, _half_tolerance(model)
+    relative = QUANTISED_TOLERANCE if quantised else half or RELATIVE_TOLERANCE
     tolerance = relative * max(1.0, float(expected.std()))
     readings = (
         ("one chunk", _one_chunk(model, tokens)),
@@ -132,9 +135,17 @@ def verify(
             same += int((logits.argmax(axis=-1) == wanted.argmax(axis=-1)).sum())
     report("done", 5, 5)
     worst, typical = max(largest), statistics.median(largest)
-    by_typical = quantised or half
+    by_typical = quantised or half is not None
     ok = math.isfinite(worst) and (typical if by_typical else worst) <= tolerance
     return VerifyReport(worst, typical, same / len(largest), tolerance, ok, len(largest), by_typical)
+
+
+def _half_tolerance(model: Model) -> float | None:
+    """Of products that round what they multiply to 16 bits: in float16, and on tensor cores in bfloat16; else None."""
+    weights, on_gpu = model.manifest.dtypes.weights, model.target.name.startswith("cuda")
+    if weights == "float16":
+        return HALF_TOLERANCE
+    return BFLOAT16_TOLERANCE if on_gpu and weights == "bfloat16" else None
 
 
 def open_source(source: Any) -> Any:

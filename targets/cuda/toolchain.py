@@ -29,7 +29,7 @@ HEADERS = (
 )  # fmt: skip
 """The device functions, in the order in which they build on each other."""
 
-_FLAGS = ("-O3", "--std=c++17", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-diag-suppress", "177,186")
+FLAGS = ("-O3", "--std=c++17", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-diag-suppress", "177,186")
 
 
 _NULL = "((void*)v4c_null())"  # what TVM writes for the argument "null" (`launch`)
@@ -129,7 +129,7 @@ def _with_nvcc(compiler: str, text: str, architecture: Architecture) -> Binary:
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "kernels.cu", Path(folder) / "kernels.fatbin"
         source.write_text(text)
-        command = [compiler, "--fatbin", *_FLAGS, *gencode(architecture), "-o", str(binary), str(source)]
+        command = [compiler, "--fatbin", *FLAGS, *gencode(architecture), "-o", str(binary), str(source)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise Error(f"nvcc: expected {architecture.name} code, found: {_first_error(done.stderr + done.stdout)}")
