@@ -12,6 +12,8 @@ import numpy as np
 
 from v4c.errors import InputError
 from v4c.runtime.artifact import Artifact
+from v4c.runtime.cuda import GPU
+from v4c.runtime.devices import Host
 from v4c.runtime.generation import Completion, Counts, Generation, Options, Processor, Row, Token, plain
 from v4c.runtime.inputs import checked_count
 from v4c.runtime.library import Program, start_runtime
@@ -41,7 +43,8 @@ def load(
 
     Raises:
         ArtifactError: the artifact is incomplete, altered, of another format, or for another machine.
-        UnsupportedError: it was compiled for a target this runtime cannot drive.
+        UnsupportedError: it was compiled for a target this runtime cannot drive, or for a GPU and something that needs
+            is missing.
         InputError: ``verify`` is unknown, ``threads`` is not what the process already runs with, or ``weights_memory``
             is no size, or too small.
     """
@@ -49,7 +52,11 @@ def load(
     artifact = Artifact(path, verify)
     artifact.check_machine()
     running = start_runtime(threads)
-    return Model(artifact, Program(artifact.library), running, bound)
+    if artifact.on_gpu and bound is not None:
+        target = artifact.manifest.target.name
+        raise InputError(f"weights_memory: expected none for target {target}, found {bound} bytes")
+    device = GPU() if artifact.on_gpu else Host()
+    return Model(artifact, Program(artifact.library, device), running, bound)
 
 
 class Model:
@@ -65,7 +72,8 @@ class Model:
         self.threads = threads
         self._artifact = artifact
         self._program = program
-        self._weights, self._memory = artifact.map_weights(weights_memory)
+        mapped, self._memory = artifact.map_weights(weights_memory)
+        self._weights = program.device.weights(mapped)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -120,7 +128,7 @@ class Model:
     def new_session(self, batch: int = 1, max_context: int | None = None) -> Session:
         """A session of ``batch`` rows of up to ``max_context`` tokens each (None: the model's largest).
 
-        Its caches take memory as they fill, not at once.
+        Its caches take memory as they fill, not at once; on a GPU, at once.
 
         Raises:
             InputError: an argument is out of range, or the caches cannot be allocated.

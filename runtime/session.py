@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from v4c.errors import ArtifactError, Error, InputError
-from v4c.runtime.caches import Caches
 from v4c.runtime.inputs import (
     check_capacity,
     checked_count,
@@ -71,17 +70,20 @@ class Session:
         self._program = program
         self._manifest = manifest
         self._weights = weights
-        self._caches = Caches(manifest.all_caches, batch, max_context)
+        self._device = program.device
+        self._caches = self._device.caches(manifest.all_caches, batch, max_context)
         self._machine = program.new_machine()
         if memory is not None:
             self._machine.observe(memory.observe)
         self._functions: dict[str, Callable[..., Any]] = {}
         self._positions = aligned_zeros((batch,), _INT64)
         self._lengths = aligned_zeros((batch,), _INT64)
-        # The compiled functions read both arrays in place; only their content changes.
-        self._vectors = (tensor_over(self._positions, "int64"), tensor_over(self._lengths, "int64"))
+        # The compiled functions read inputs at the same places in every step; only their content changes.
+        self._vectors = (self._device.mirror(self._positions, "int64"), self._device.mirror(self._lengths, "int64"))
+        self._tokens: tuple[np.ndarray, Any] | None = None
         self._lock = threading.Lock()
         self._closed = False
+        self._observed = False
         self._interrupted = False
 
     @property
@@ -112,7 +114,8 @@ class Session:
             try:
                 return self._prefill(tokens, lengths, all_logits, chunk)
             finally:
-                self._program.release_scratch()
+                with self._device.exclusive():
+                    self._program.release_scratch()
 
     def decode(self, token_ids: Any, lengths: Any = None) -> np.ndarray:
         """Read one token per row.
@@ -153,8 +156,8 @@ class Session:
             tokens = live_tokens(token_ids, lengths, self._manifest.vocab_size)
             check_capacity(self._positions, lengths, self.max_context)
             try:
-                logits, streams = self._call(VERIFY if all_logits else PREFILL_STREAMS, tokens, lengths)[:2]
-                return array_over(logits), array_over(streams)
+                logits, streams = self._call(VERIFY if all_logits else PREFILL_STREAMS, tokens, lengths, 2)
+                return logits, streams
             finally:
                 if not all_logits:  # a prompt, of any length
                     self._program.release_scratch()
@@ -230,13 +233,16 @@ class Session:
         with self._lock:
             self._check_usable()
             position = checked_count(position, "position", 0, self.max_context)
-            self._caches.repeat(self._positions, position)
+            with self._device.exclusive():
+                self._caches.repeat(self._positions, position)
             self._positions[:] = position
 
     def observe(self, callback: Callable[..., Any]) -> None:
         """Report every call inside the compiled functions to ``callback``, from now on; see `Machine.observe`."""
         with self._lock:
             self._check_usable()
+            self._observed = True
+            self._functions.clear()
             memory = self._memory
 
             def both(*event: Any) -> None:
@@ -251,7 +257,8 @@ class Session:
         with self._lock:
             self._check_usable()
             forked = Session(self._program, self._manifest, self._weights, self.batch, self.max_context, self._memory)
-            forked._caches.copy_live(self._caches, self._positions)
+            with self._device.exclusive():
+                forked._caches.copy_live(self._caches, self._positions)
             forked._positions[:] = self._positions
             return forked
 
@@ -322,31 +329,56 @@ class Session:
 
     def _run(self, entry: str, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """One call of a compiled function on checked arguments; its logits."""
-        return array_over(self._call(entry, tokens, lengths)[0])
+        return self._call(entry, tokens, lengths, 1)[0]
 
-    def _call(self, entry: str, tokens: np.ndarray, lengths: np.ndarray) -> Any:
-        """One call of a compiled function on checked arguments; positions move on when it has returned."""
-        input_ids = aligned_zeros(tokens.shape, _INT64)
-        input_ids[:] = tokens
+    def _call(self, entry: str, tokens: np.ndarray, lengths: np.ndarray, results: int) -> list[np.ndarray]:
+        """One call of a compiled function on checked arguments; its first ``results`` outputs."""
+        with self._device.exclusive():
+            return self._call_alone(entry, tokens, lengths, results)
+
+    def _call_alone(self, entry: str, tokens: np.ndarray, lengths: np.ndarray, results: int) -> list[np.ndarray]:
         self._lengths[:] = lengths
+        input_ids = self._feed(tokens)
         first = entry not in self._functions
-        manifest = self._manifest
         if first:
-            caches = self._caches.tensors[: len(manifest.caches)]
-            weights = self._weights[: manifest.main_weights]
-            self._functions[entry] = self._machine.bind(manifest.entry_points.get(entry, entry), [*caches, *weights])
+            self._functions[entry] = self._bound(entry)
         # Until the positions match the caches again, an exception (Ctrl-C included) leaves a state nobody can use.
         self._interrupted = True
         try:
             with self._memory.step(tokens) if self._memory is not None else nullcontext():
-                outputs = self._functions[entry](tensor_over(input_ids, "int64"), *self._vectors)
+                outputs = self._functions[entry](input_ids, *self._vectors)
+            fetched = [self._device.fetch(outputs[index]) for index in range(results)]
         except Exception as error:
             raise Error(f"{entry}: the compiled function failed: {one_line(error)}") from error
         if first:
             self._check_in_place(entry, outputs)
         self._positions += lengths
         self._interrupted = False
-        return outputs
+        return fetched
+
+    def _bound(self, entry: str) -> Callable[..., Any]:
+        """An entry point with caches and weights; a step as the device repeats it, unless its calls are observed."""
+        manifest = self._manifest
+        caches = self._caches.tensors[: len(manifest.caches)]
+        weights = self._weights[: manifest.main_weights]
+        bound = self._machine.bind(manifest.entry_points.get(entry, entry), [*caches, *weights])
+        if entry != self._decode_entry or self._observed:
+            return bound
+        return self._device.step(bound, lambda: self._program.releases)
+
+    def _feed(self, tokens: np.ndarray) -> Any:
+        """The input tensor with ``tokens`` [B, S], and the vectors up to date; that of a step is kept."""
+        held = self._tokens if tokens.shape[1] == 1 else None
+        if held is None:
+            input_ids = aligned_zeros(tokens.shape, _INT64)
+            held = (input_ids, self._device.mirror(input_ids, "int64"))
+            if tokens.shape[1] == 1:
+                self._tokens = held
+        held[0][:] = tokens
+        self._device.refresh(held[1], held[0])
+        for tensor, array in zip(self._vectors, (self._positions, self._lengths), strict=True):
+            self._device.refresh(tensor, array)
+        return held[1]
 
     def _check_in_place(self, entry: str, outputs: Any) -> None:
         """Refuse a library whose caches are copies: its state would be lost after every call."""

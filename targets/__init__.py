@@ -1,4 +1,4 @@
-"""Targets by name: ``cpu`` and ``ascend``, and in later versions ``cuda``."""
+"""Targets by name: ``cpu``, ``cuda`` and ``ascend``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Kind = TypeVar("Kind")
 
-NAMES = ("cpu", "ascend")
+NAMES = ("cpu", "cuda", "ascend")
 
 _added: dict[str, Callable[[str], Target]] = {}
 
@@ -42,11 +42,11 @@ def find(
     strict: bool = False,
     progress: Progress | None = None,
 ) -> Target:
-    """The target that a string such as ``cpu:x86-64-v3`` or ``ascend:Ascend910B1`` names.
+    """The target that a string such as ``cpu:x86-64-v3``, ``cuda:sm_90a`` or ``ascend:Ascend910B1`` names.
 
     Args:
-        text: name, and after a colon the variant: an x86-64 level, or a device.
-        tuning: schedules of CPU kernels to prefer to those that come with v4c, or tiles of Ascend products.
+        text: name, and after a colon the variant: an x86-64 level, an architecture, or a device.
+        tuning: schedules of CPU or CUDA kernels to prefer to those that come with v4c, or tiles of Ascend products.
         strict: whether a kernel that the device does not take is an error, rather than left to the host.
         progress: told of what the target does on its own, such as checking kernels.
 
@@ -59,6 +59,11 @@ def find(
         from .cpu.tuning_database import TuningDatabase
 
         return CPUTarget.parse(variant, _of_kind(tuning, TuningDatabase, text))
+    if name == "cuda":
+        from .cpu.tuning_database import TuningDatabase
+        from .cuda.target import CUDATarget
+
+        return CUDATarget.parse(variant, _of_kind(tuning, TuningDatabase, text))
     if name == "ascend":
         from .ascend.target import AscendTarget
         from .ascend.tile_database import TileDatabase

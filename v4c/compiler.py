@@ -73,7 +73,25 @@ def compile_model(
     progress: Progress | None = None,
 ) -> Path:
     """Compile `source` for `target` into the artifact folder `destination`; see `v4c.compile`."""
-    device = targets.find(target, tuning, strict, progress)
+    return compile_for(
+        targets.find(target, tuning, strict, progress), source, destination, storage=storage, weights=weights,
+        disable_passes=disable_passes, dump_ir=dump_ir, mtp=mtp, progress=progress,
+    )  # fmt: skip
+
+
+def compile_for(
+    device: Target,
+    source: WeightSource | ModelConfig | OnnxSource,
+    destination: Path,
+    *,
+    storage: Storage,
+    weights: bool,
+    disable_passes: Collection[str] = (),
+    dump_ir: Path | None = None,
+    mtp: bool = True,
+    progress: Progress | None = None,
+) -> Path:
+    """As `compile_model`, for a target that has been found."""
     disable_passes, storage = settings(device, disable_passes, storage)
     options = PassOptions.checked(disable_passes, None if dump_ir is None else Dump(dump_ir))
     with ArtifactWriter(destination) as writer, tempfile.TemporaryDirectory() as scratch:
@@ -177,7 +195,8 @@ def lower(
 
 def has_mtp(source: Any, device: Target) -> bool:
     """Whether the artifact can guess tokens ahead: the checkpoint holds the MTP layer whole, the device is a CPU."""
-    return bool(getattr(source, "mtp_specs", None)) and not isinstance(device, Simulated)
+    on_cpu = not isinstance(device, Simulated) and not device.name.startswith("cuda")
+    return bool(getattr(source, "mtp_specs", None)) and on_cpu
 
 
 def mtp_graph(source: Any, options: PassOptions, storage: Storage, progress: Progress | None) -> ir.Model:

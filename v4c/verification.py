@@ -36,6 +36,9 @@ HALF_TOLERANCES = {"float16": 2e-2, "bfloat16": 1e-1}
 """The same for half-precision arithmetic, that of the Ascend simulation, of a typical position: rounding to 11 bits, or
 8, makes a router or an indexer choose otherwise now and then, and such a position is another computation."""
 
+BFLOAT16_TOLERANCE = 8e-2
+"""The same for bfloat16 arithmetic, that of a GPU's tensor cores, which rounds to 8 bits."""
+
 QUANTISED_TOLERANCE = 1.0
 """The same for quantised weights, of a typical position; logits that have nothing to do with each other differ by six.
 
@@ -154,6 +157,8 @@ def _tolerance(model: Model) -> tuple[float, bool]:
         typical = NATIVE_TOLERANCE
     elif model.manifest.target.name.startswith("ascend-sim"):  # whose activations are rounded as its weights are
         typical = HALF_TOLERANCES[weights]
+    elif weights == "bfloat16" and model.target.name.startswith("cuda"):
+        typical = BFLOAT16_TOLERANCE
     else:
         typical = 0.0
     typical = max(typical, NARROW_CACHE_TOLERANCES[kv])
