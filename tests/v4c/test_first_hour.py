@@ -50,7 +50,7 @@ def test_the_first_hour(tmp_path: Path) -> None:
     page = ROOT / "docs" / "first-hour.md"
     for line in shown(page):
         done = subprocess.run(
-            [V4C, *shlex.split(line)[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+            [V4C, *shlex.split(line)[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False
         )
         assert done.returncode == 0, f"{line}\n{done.stderr}"
     (program,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
