@@ -60,7 +60,8 @@ class Model:
         self.threads = threads
         self._artifact = artifact
         self._program = program
-        self._weights, self._memory = artifact.map_weights(weights_memory)
+        self._weights = artifact.map_weights()
+        self._memory = None if weights_memory is None else artifact.bound_weights(weights_memory)
 
     @property
     def config(self) -> Mapping[str, Any]:
