@@ -18,16 +18,18 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[$(EXTRAS)]'
 	@touch $@
 
-# A random checkpoint, exported, compiled, verified against the torch reference, and run.
-demo: demo/.done
-	$(BIN)/v4c run demo/nano.v4c --tokens 1,2,3,4 --max-new-tokens 32
+NANO := examples/train_nano/checkpoint
 
-demo/.done: $(INSTALLED) $(SOURCES)
+# The trained small model, exported, compiled, verified against the torch reference, measured, and run.
+demo: demo/.done
+	$(BIN)/v4c run demo/nano.v4c --prompt "The otter likes plum. Return the first" --max-new-tokens 48
+
+demo/.done: $(INSTALLED) $(SOURCES) $(wildcard $(NANO)/*)
 	rm -rf demo && mkdir demo
-	$(BIN)/v4c init --preset v4-nano -o demo/nano
-	$(BIN)/v4c export -m demo/nano -o demo/nano.onnx
-	$(BIN)/v4c compile -m demo/nano --target cpu -o demo/nano.v4c
-	$(BIN)/v4c verify demo/nano.v4c -m demo/nano
+	$(BIN)/v4c export -m $(NANO) -o demo/nano.onnx
+	$(BIN)/v4c compile -m $(NANO) --target cpu -o demo/nano.v4c
+	$(BIN)/v4c verify demo/nano.v4c -m $(NANO)
+	$(BIN)/v4c eval demo/nano.v4c $(NANO) --max-tokens 4000 --questions 8
 	@touch $@
 
 # The quick suite; a second call with nothing changed does nothing.

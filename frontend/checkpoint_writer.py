@@ -9,8 +9,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
 
@@ -46,11 +46,13 @@ class Content(Generic[E]):
         entries: the tensors, in the order their data comes.
         data: the bytes of one entry, in pieces; called once for each, in that order.
         config: content of ``config.json``.
+        files: content of further files by their plain names.
     """
 
     entries: Iterable[E]
     data: Callable[[E], Iterator[bytes]]
     config: dict[str, Any]
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def write_checkpoint(
@@ -110,6 +112,10 @@ def _write_all(content: Content[E], folder: Path, progress: Progress | None, sha
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for name, text in content.files.items():
+        if Path(name).name != name:
+            raise OutputError(f"{name}: expected the name of a file in the checkpoint folder, found a path")
+        (folder / name).write_bytes(text)
     (folder / "config.json").write_text(json.dumps(content.config, indent=2) + "\n", encoding="utf-8")
 
 

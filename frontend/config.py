@@ -7,7 +7,7 @@ Reading and writing the JSON layouts is in `config_json`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,17 @@ class ModelConfig:
     def has_engram(self, layer: int) -> bool:
         """Whether an Engram stands in front of `layer`."""
         return self.engram is not None and layer in self.engram.layer_ids
+
+    def mtp_layer(self) -> ModelConfig:
+        """An MTP layer's decoder layer as a model of one: sliding attention, experts by score, no Engram."""
+        return replace(
+            self,
+            num_hidden_layers=1,
+            attention_types=("sliding",),
+            mlp_types=("topk",),
+            num_nextn_predict_layers=0,
+            engram=None,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, in the layout transformers 5.23 writes, plus ``"engram"`` when there is one."""

@@ -21,7 +21,7 @@ from v4c.errors import CheckpointError
 from .checkpoint import StoredFormat, cast
 from .checkpoint_writer import SHARD_BYTES, Content, Entry, Progress, write_checkpoint
 from .config import ModelConfig
-from .names import TensorInfo, expert_parts, expert_piece, tensor_specs
+from .names import TensorInfo, expert_parts, expert_piece, mtp_specs, tensor_specs
 
 _BLOCK_ELEMENTS = 1 << 22
 _TABLE_BLOCK_ROWS = 4096
@@ -88,8 +88,8 @@ def _integer_blocks(
 
 
 def random_tensor(config: ModelConfig, name: str, seed: int = 0) -> np.ndarray:
-    """The value of one tensor (a key of `names.tensor_specs`): float32 or int64, always the same for one seed."""
-    return _random_tensor(config, name, tensor_specs(config)[name], seed)
+    """The value of one tensor of `names.tensor_specs` or `names.mtp_specs`, float32 or int64; the same for one seed."""
+    return _random_tensor(config, name, (tensor_specs(config) | mtp_specs(config))[name], seed)
 
 
 def _random_tensor(config: ModelConfig, name: str, info: TensorInfo, seed: int) -> np.ndarray:
@@ -109,7 +109,7 @@ class RandomCheckpoint:
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         self.config, self.seed = config, seed
-        self.specs = tensor_specs(config)
+        self.specs, self.mtp_specs = tensor_specs(config), mtp_specs(config)
         self.tokenizer_path: Path | None = None
 
     def names(self) -> tuple[str, ...]:
@@ -134,9 +134,9 @@ class RandomCheckpoint:
 
     def load(self, name: str, dtype: str | None = None) -> np.ndarray:
         """As `Checkpoint.load`. Raises CheckpointError for a name that the model does not have."""
-        if name not in self.specs:
+        info = self.specs.get(name) or self.mtp_specs.get(name)
+        if info is None:
             raise CheckpointError(f"random weights: expected the name of a tensor of this model, found {name}")
-        info = self.specs[name]
         return cast(_random_tensor(self.config, name, info, self.seed), info, dtype)
 
 
@@ -158,7 +158,7 @@ def _entries(config: ModelConfig, dtype: StoredDtype, limit: int) -> Iterator[_E
     projection.
     """
     weight = "F32" if dtype == "f32" else "BF16"
-    for name, info in tensor_specs(config).items():
+    for name, info in (tensor_specs(config) | mtp_specs(config)).items():
         stored = {"int64": "I64", "fp32": "F32", "weight": weight}[info.kind]
         nbytes = _stored_bytes(info, dtype)
         parts, _ = expert_parts(name)
@@ -178,7 +178,7 @@ class _ValueStream:
 
     def __init__(self, config: ModelConfig, seed: int, dtype: StoredDtype) -> None:
         self.config, self.seed, self.dtype = config, seed, dtype
-        self.specs = tensor_specs(config)
+        self.specs = tensor_specs(config) | mtp_specs(config)
         self.source = ""
         self.blocks: Iterator[np.ndarray] = iter(())
         self.rest = b""
@@ -205,7 +205,7 @@ def initialise(
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a random checkpoint in Hugging Face's layout.
+    """Write a random checkpoint in Hugging Face's layout, MTP layers included (transformers ignores them).
 
     Data is streamed, so memory stays at some megabytes; the folder appears only when it is complete.
 

@@ -7,7 +7,7 @@ the mix that ``save_pretrained`` of transformers 5.23 writes; `canonical` unders
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from .config import ModelConfig
@@ -273,7 +273,7 @@ def scaled_weight(name: str) -> str | None:
 
 
 def is_mtp(config: ModelConfig, name: str) -> bool:
-    """Whether a file's tensor belongs to the multi-token-prediction layers, which v4c (as the reference) omits."""
+    """Whether a file's tensor belongs to the multi-token-prediction layers, which follow the model's."""
     body = name.removeprefix("model.")
     if body.startswith("mtp"):
         return True
@@ -287,8 +287,8 @@ def mtp_specs(config: ModelConfig) -> dict[str, TensorInfo]:
     Each is a sliding layer with score routing, behind two projections that join the next token's embedding and the
     streams, and before an mHC head and a norm of its own; embedding and output projection are the model's.
     """
-    one = replace(config, num_hidden_layers=1, attention_types=("sliding",), mlp_types=("topk",), engram=None)
-    layer = {name: info for name, info in tensor_specs(one).items() if name.startswith("model.layers.0.")}
+    every = tensor_specs(config.mtp_layer())
+    layer = {name: info for name, info in every.items() if name.startswith("model.layers.0.")}
     hidden, streams = config.hidden_size, config.hc_mult
     own = {f"{name}.weight": TensorInfo((hidden, hidden), "weight") for name in ("e_proj", "h_proj")}
     own |= {f"{name}.weight": TensorInfo((hidden,), "fp32") for name in ("enorm", "hnorm", "norm")}

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from v4c.errors import ArtifactError, InputError, UnsupportedError
+from v4c.runtime.cuda import check_device
 from v4c.runtime.dtypes import DTYPES
 from v4c.runtime.library import installed_tvm_version, one_line
 from v4c.runtime.manifest import MANIFEST_NAME, Manifest, StoredWeight, Target
@@ -30,8 +31,8 @@ _MAP_NORESERVE = 0x4000  # Linux, x86 and Arm; Python's mmap names it from 3.13 
 VERIFY = ("all", "code")
 """What to hash before loading: every file, or the library alone (sizes are always checked)."""
 
-DRIVEN = ("cpu", "ascend-sim")
-"""Targets whose libraries run on the processor."""
+DRIVEN = ("cpu", "cuda", "ascend-sim")
+"""Targets whose libraries this runtime runs; all but ``cuda`` on the processor."""
 
 
 class Artifact:
@@ -67,11 +68,17 @@ class Artifact:
         """Path of ``tokenizer.json``, or None."""
         return None if self.manifest.tokenizer is None else self.path / self.manifest.tokenizer
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the library runs on an NVIDIA GPU."""
+        return self.manifest.target.name.partition(":")[0] == "cuda"
+
     def check_machine(self) -> None:
         """Refuse a machine, or a version of TVM, that the library is not for.
 
         Raises:
-            UnsupportedError: it was compiled for a target that this runtime cannot drive.
+            UnsupportedError: it was compiled for a target that this runtime cannot drive, or for a GPU that is missing or
+                too old.
             ArtifactError: this machine is of another kind, lacks CPU features, or has another version of TVM.
         """
         target = self.manifest.target
@@ -80,6 +87,8 @@ class Artifact:
             raise UnsupportedError(
                 f"{self.path}: expected target {drives}, which this runtime drives, found {target.name}"
             )
+        if self.on_gpu:
+            check_device(target.name)
         if target.arch != platform.machine():
             raise ArtifactError(f"{self.path}: compiled for {target.arch}, this machine is {platform.machine()}")
         missing = missing_cpu_features(target)

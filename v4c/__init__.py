@@ -21,6 +21,7 @@ from v4c.errors import (
 if TYPE_CHECKING:
     from v4c.api import compile, export, load
     from v4c.benchmark import bench
+    from v4c.evaluation import evaluate
     from v4c.frontend.config import ModelConfig
     from v4c.frontend.presets import preset
     from v4c.inspection import inspect
@@ -32,6 +33,7 @@ _LAZY = {
     "export": "v4c.api",
     "load": "v4c.api",
     "bench": "v4c.benchmark",
+    "evaluate": "v4c.evaluation",
     "inspect": "v4c.inspection",
     "tune": "v4c.tuning",
     "verify": "v4c.verification",
@@ -50,6 +52,7 @@ __all__ = [
     "UnsupportedError",
     "bench",
     "compile",
+    "evaluate",
     "export",
     "inspect",
     "load",

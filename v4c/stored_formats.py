@@ -25,7 +25,8 @@ def stored_formats(source: Any) -> dict[str, str]:
     if isinstance(source, ModelConfig):
         found: dict[str, str] = {name: native_format(name, info) for name, info in tensor_specs(source).items()}
     else:
-        found = {name: _stored(source, name) for name in source.names()}
+        names = (*source.names(), *getattr(source, "mtp_specs", ()))
+        found = {name: _stored(source, name) for name in names}
     return {name: _STORED.get(form, "float32") for name, form in found.items() if form != "int64"}
 
 

@@ -83,7 +83,13 @@ class CSACompressor(Compressor):
 
 
 class Attention(nn.Module):
-    """One layer's attention; `kind` is ``sliding``, ``csa`` or ``hca``."""
+    """One layer's attention; `kind` is ``sliding``, ``csa`` or ``hca``.
+
+    With `hide_rows` set, compressed rows are neither made nor read, and only the sliding window is left: a control for
+    measurements of what the rows are good for.
+    """
+
+    hide_rows = False
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -124,9 +130,10 @@ class Attention(nn.Module):
         inv_freq: Tensor, caches: Caches,
     ) -> tuple[Tensor, Caches]:  # fmt: skip
         ops, where = torch.ops.v4c, (positions, lengths)
-        if self.kind == "sliding":
+        if self.kind == "sliding" or self.hide_rows:
             out, window = ops.sliding_attention(q, kv, caches["window"], self.sinks, *where, self.scale)
-            return out, {"window": window}
+            kept = {name: cache for name, cache in caches.items() if self.hide_rows and not name.startswith("engram")}
+            return out, {**kept, "window": window}
         state = (caches["comp_kv"], caches["comp_gate"], caches["rows"])
         comp_kv, comp_gate, rows = self.compressor.compress(x, inv_freq, state, *where)
         rows = rounded_row(rows, self.kv, self.rope_dims)

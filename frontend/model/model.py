@@ -103,8 +103,13 @@ class Head(nn.Module):
         if self.all_logits:
             return self.lm_head(self.norm(self.hc_head(streams)))
         # Gathered before the output projection: it is the largest product of the step.
-        last = (lengths - 1).clamp(min=0)[:, None, None, None].expand(-1, 1, *streams.shape[2:])
-        return self.lm_head(self.norm(self.hc_head(torch.gather(streams, 1, last)))).squeeze(1)
+        return self.lm_head(self.norm(self.hc_head(last_live(streams, lengths)))).squeeze(1)
+
+
+def last_live(streams: Tensor, lengths: Tensor) -> Tensor:
+    """``[B, S, M, D]`` -> ``[B, 1, M, D]``: each row's last live token; the first one's of a row without any."""
+    last = (lengths - 1).clamp(min=0)[:, None, None, None].expand(-1, 1, *streams.shape[2:])
+    return torch.gather(streams, 1, last)
 
 
 class V4Model(nn.Module):
@@ -162,6 +167,14 @@ class V4Model(nn.Module):
         Returns:
             Logits ``[B, V]`` (``[B, S, V]``) and the new caches.
         """
+        streams, new = self.hidden(input_ids, positions, lengths, caches)
+        self.head.all_logits = all_logits
+        return self.head(streams, lengths), new
+
+    def hidden(
+        self, input_ids: Tensor, positions: Tensor, lengths: Tensor, caches: list[Caches]
+    ) -> tuple[Tensor, list[Caches]]:
+        """Streams ``[B, S, M, D]`` before the head, which an MTP layer takes too, and the new caches; as `forward`."""
         streams, new = self.embed_tokens(input_ids), []
         for index, layer in enumerate(self.layers):
             rotation = rope_kind(self.config, index)
@@ -170,8 +183,7 @@ class V4Model(nn.Module):
                 streams, input_ids, positions, lengths, frequencies, self.engram_lookup, caches[index]
             )
             new.append(updated)
-        self.head.all_logits = all_logits
-        return self.head(streams, lengths), new
+        return streams, new
 
     @torch.no_grad()
     def logits(self, token_ids: Tensor, capacity: int | None = None) -> Tensor:

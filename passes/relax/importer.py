@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,12 @@ class Importer:
     _callees: dict[tuple[str, str], Callee] = field(default_factory=dict)
     _merges: Merges = field(default_factory=Merges)
     _updated: dict[Any, Any] = field(default_factory=dict)  # state after an op to the variable whose memory it is
+
+    def beside(self, model: ir.Model, weight_names: frozenset[str]) -> Importer:
+        """An importer of another model into the same module, with the same settings; it shares the kernels."""
+        return replace(
+            self, model=model, weight_names=weight_names, _privates={}, _callees={}, _merges=Merges(), _updated={}
+        )
 
     def kernel(self, kernel: Kernel, op: str, inputs: int) -> Any:
         """GlobalVar of a kernel with that many inputs, built when first asked for; `op` is what it computes."""

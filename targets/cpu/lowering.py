@@ -167,6 +167,21 @@ _VNNI = {grouped_experts: 6, mixture_of_experts: 7}
 """Which argument says whether the target has it."""
 
 
+def add_kernel(op: str, choose: Callable[[Inputs, Attributes], Kernel]) -> None:
+    """Have CPU code call a kernel for an operator that v4c has none for.
+
+    Args:
+        op: ONNX name of the operator.
+        choose: the kernel for inputs (specs by name; weights as in the graph) and attributes.
+
+    Raises:
+        UnsupportedError: the operator has a kernel.
+    """
+    if op in _CUSTOM or op in _EXPERTS:
+        raise UnsupportedError(f"operator {op}: expected one without a CPU kernel, found one that has it")
+    _CUSTOM[op] = choose
+
+
 class CPUKernels:
     """CPU kernels for the importer.
 

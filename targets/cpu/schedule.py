@@ -112,13 +112,21 @@ class PanelSchedule(Schedule):
 
     def columns(self, rows: int) -> int:
         """Vectors of a panel that are taken at once for a block of `rows` rows: all of them if the sums find room."""
-        return PANEL_VECTORS if rows * PANEL_VECTORS <= self.accumulators else 1
+        sums = rows * (self._chains() if rows == 2 else 1)
+        return PANEL_VECTORS if sums * PANEL_VECTORS <= self.accumulators else 1
 
     def partial_sums(self, rows: int, k: int) -> int:
-        """Partial sums of each output for a block of `rows` rows: as many as help and find room, a divisor of `k`."""
-        room = self.accumulators // (rows * self.columns(rows))
-        wanted = max(1, min(self.chains // rows, room))
-        return min(1 << (wanted.bit_length() - 1), k & -k)
+        """Partial sums of each output for a block of `rows` rows: as many as help and find room, a divisor of `k`.
+
+        Two rows have as many as one, so that both are summed in the same order: a token and a guess of the next one,
+        read together, give the same bits as one after the other (speculative decoding).
+        """
+        return min(self._chains() if rows <= 2 else 1, k & -k)
+
+    def _chains(self) -> int:
+        """Partial sums for a single row: a power of two, for which there is room with all vectors at once."""
+        room = max(1, min(self.chains, self.accumulators // PANEL_VECTORS))
+        return 1 << (room.bit_length() - 1)
 
 
 @dataclass(frozen=True)

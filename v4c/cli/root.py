@@ -16,6 +16,7 @@ import click
 from v4c.errors import Error
 
 from .bench import bench
+from .eval import eval_command
 from .init import init
 from .inspect import inspect
 from .interrupt import Terminated
@@ -97,7 +98,7 @@ def _usage(error: click.ClickException) -> str:
     cls=Root,
     no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    commands=[presets, init, export, compile_command, run, verify, bench, inspect, tune],
+    commands=[presets, init, export, compile_command, run, verify, eval_command, bench, inspect, tune],
 )
 @click.version_option(package_name="v4c", prog_name="v4c", message="%(prog)s %(version)s")
 @debug_option

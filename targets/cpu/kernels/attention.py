@@ -1,8 +1,8 @@
 """The three attention kernels of the CPU: sliding window, compressed sparse (CSA) and heavily compressed (HCA).
 
-They differ only in which compressed rows follow the raw ones, so they are one frame. A work item is a token, or, where
-tokens are too few to feed the threads, a share of the rows it sees. The window rings are written last, in a loop of
-their own.
+They differ only in which compressed rows follow the raw ones, so they are one frame. A work item is some neighbouring
+tokens, or, where tokens are too few to feed the threads, a share of the rows one sees. The window rings are written
+last, in a loop of their own.
 """
 
 # mypy: ignore-errors
@@ -14,6 +14,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from ..schedule import AttentionSchedule
+from .attention_block import attend_block
 from .attention_split import close_share, merge
 from .attention_steps import (
     attend_rows,
@@ -116,7 +117,7 @@ def _attention(
             own = T.meta_var(kv)
 
         @T.inline
-        def attend_panels(i, j, parts, part, target, peak, total, at, sink):
+        def attend_panels(i, j, parts, part, target, peak, total, at):
             """The `part`-th of `parts` parts of the panels of rows that token j of row i sees."""
             if top_k > 0:
                 chosen = T.alloc_buffer((T.int64(top_k),), "int64")
@@ -134,12 +135,12 @@ def _attention(
             seen: T.let = T.min(positions[i] + j + T.int64(1), T.int64(window_size)) + compressed
             panels: T.let = (seen + T.int64(tile.panel - 1)) // T.int64(tile.panel)
             attend_rows(
-                tile, stored, window_size, scale, sink, q, own, window, rows if has_rows else None, chosen, compressed,
+                tile, stored, window_size, scale, 0, q, own, window, rows if has_rows else None, chosen, compressed,
                 sinks, positions[i], target, peak, total, i, j, at,
                 panels * part // T.int64(parts), panels * (part + T.int64(1)) // T.int64(parts),
             )  # fmt: skip
 
-        if b * s < T.int64(schedule.enough_tokens):
+        if b * s < T.int64(schedule.enough_tokens * tile.tokens):
             partial = T.alloc_buffer((b, s * T.int64(tile.shares), T.int64(heads), T.int64(width)), "float32")
             peaks = T.alloc_buffer((b, s * T.int64(tile.shares), T.int64(heads)), "float32")
             totals = T.alloc_buffer((b, s * T.int64(tile.shares), T.int64(heads)), "float32")
@@ -149,7 +150,7 @@ def _attention(
                 if j < lengths[i]:
                     peak, total = softmax_state(tile)
                     at: T.let = j * T.int64(tile.shares) + item % T.int64(tile.shares)
-                    attend_panels(i, j, tile.shares, item % T.int64(tile.shares), partial, peak, total, at, 0)
+                    attend_panels(i, j, tile.shares, item % T.int64(tile.shares), partial, peak, total, at)
                     close_share(tile, peak, total, peaks, totals, i, at)
 
             @T.inline
@@ -172,20 +173,29 @@ def _attention(
                 for item in range(b * s):
                     merge_block(item)
         else:
+            blocks: T.int64 = T.truncdiv(s + T.int64(tile.tokens - 1), T.int64(tile.tokens))
             with T.attr(0, "pragma_parallel_launch_point", 1):
                 # Every n-th item to a thread: later tokens see more rows, and so cost more.
                 with T.attr(0, "pragma_parallel_stride_pattern", 1):
-                    for item in T.parallel(b * s):
-                        i: T.let = T.truncdiv(item, s)
-                        j: T.let = T.truncmod(item, s)
-                        if j < lengths[i]:
-                            peak, total = softmax_state(tile)
-                            attend_panels(i, j, 1, T.int64(0), out, peak, total, j, 1)
-                            finish(tile, total, out, i, j)
-                            if half > 0:
-                                rotate_back(tile, half, inv_freq, positions[i] + j, out, i, j, T.int64(0), heads)
-                        else:
-                            zero(tile, out, i, j, T.int64(0), heads)
+                    for item in T.parallel(b * blocks):
+                        i: T.let = T.truncdiv(item, blocks)
+                        j: T.let = T.truncmod(item, blocks) * T.int64(tile.tokens)
+                        tokens: T.int64 = T.min(T.max(lengths[i] - j, T.int64(0)), T.int64(tile.tokens))
+                        if tokens > T.int64(0):
+                            peak, total = softmax_state(tile, tile.tokens)
+                            attend_block(
+                                tile, stored, window_size, ratio, scale, q, own, window, rows if has_rows else None,
+                                indices if top_k > 0 else None, top_k, sinks, positions[i], out, peak, total, i, j,
+                                tokens,
+                            )  # fmt: skip
+                            for a in range(tokens):
+                                finish(tile, total, out, i, j + a, a)
+                                if half > 0:
+                                    rotate_back(
+                                        tile, half, inv_freq, positions[i] + j + a, out, i, j + a, T.int64(0), heads
+                                    )  # fmt: skip
+                        for a in range(T.min(s - j, T.int64(tile.tokens)) - tokens):
+                            zero(tile, out, i, j + tokens + a, T.int64(0), heads)
         write_window(stored, window_size, own, window, positions, lengths, b)
 
     # Names that the body of this variant does not use are no parameters of it.
