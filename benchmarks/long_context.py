@@ -102,7 +102,7 @@ def decoding(artifact: Path, config: Any, kv: estimate.CacheDtype, rounds: int) 
     steps = []
     for context in CONTEXTS:
         limits.measure()
-        measured = measure(_work(session, context, rounds), kernels, False, model)
+        measured = measure(_work(session, context, rounds), kernels, False)
         seconds = sum(max(x.cost.bytes / limits.bandwidth, x.cost.flops / limits.peak) for x in measured.launches)
         figures = measured.figures(1, limits)
         steps.append({

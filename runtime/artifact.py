@@ -12,6 +12,7 @@ import os
 import platform
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -104,22 +105,30 @@ class Artifact:
         """Paths of the files that hold weights."""
         return sorted({self.path / weight.file for weight in self.manifest.weights if weight.file is not None})
 
-    def map_weights(self, weights_memory: int | None = None) -> tuple[list[Any], WeightMemory | None]:
-        """All weights as TVM tensors over the mapped files, in manifest order, without a copy; and their bound, if any.
-
-        Args:
-            weights_memory: bytes that they may occupy.
+    def map_weights(self) -> list[Any]:
+        """All weights as TVM tensors over the mapped files, in manifest order, without a copy.
 
         Raises:
             ArtifactError: the artifact was compiled without weights, or a file cannot be mapped.
-            InputError: the bound is too small.
         """
+        return [tensor_over(a, w.dtype) for a, w in zip(self._mapped[1], self.manifest.weights, strict=True)]
+
+    def bound_weights(self, limit: int) -> WeightMemory:
+        """Keeps what mapped weights occupy within `limit` bytes.
+
+        Raises:
+            ArtifactError: as `map_weights`.
+            InputError: the limit is too small.
+        """
+        return WeightMemory(self.manifest, self.path, *self._mapped, limit)
+
+    @cached_property
+    def _mapped(self) -> tuple[dict[str, mmap.mmap], list[np.ndarray]]:
+        """The weight files by name, and the weights in them."""
         if not self.manifest.has_weights:
             raise ArtifactError(f"{self.path}: expected weights, found none: it was compiled without them")
         maps: dict[str, mmap.mmap] = {}
-        arrays = [self._map(weight, maps) for weight in self.manifest.weights]
-        memory = None if weights_memory is None else WeightMemory(self.manifest, maps, arrays, weights_memory)
-        return [tensor_over(a, w.dtype) for a, w in zip(arrays, self.manifest.weights, strict=True)], memory
+        return maps, [self._map(weight, maps) for weight in self.manifest.weights]
 
     def _map(self, weight: StoredWeight, maps: dict[str, mmap.mmap]) -> np.ndarray:
         assert weight.file is not None

@@ -56,6 +56,8 @@ def load(
         target = artifact.manifest.target.name
         raise InputError(f"weights_memory: expected none for target {target}, found {bound} bytes")
     device = GPU() if artifact.on_gpu else Host()
+    if artifact.on_gpu and bound is not None:
+        raise InputError("weights_memory: expected a model for the processor, found one whose weights go to a GPU")
     return Model(artifact, Program(artifact.library, device), running, bound)
 
 
@@ -72,8 +74,8 @@ class Model:
         self.threads = threads
         self._artifact = artifact
         self._program = program
-        mapped, self._memory = artifact.map_weights(weights_memory)
-        self._weights = program.device.weights(mapped)
+        self._weights = program.device.weights(artifact.map_weights())
+        self._memory = None if weights_memory is None else artifact.bound_weights(weights_memory)
 
     @property
     def config(self) -> Mapping[str, Any]:

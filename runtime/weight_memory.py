@@ -26,8 +26,9 @@ from v4c.errors import InputError
 from v4c.runtime.dtypes import DTYPES
 from v4c.runtime.manifest import Manifest, StoredWeight
 
-_AROUND = 64 << 10
-"""A page fault also maps its neighbours, up to the ends of an aligned block of this size, if they are in memory."""
+_AROUND = 2 << 20
+"""A page fault may map its neighbours too, up to the ends of an aligned block of this size: Linux maps what the page
+cache holds in one piece as a whole, and such pieces are no larger."""
 
 _PAGE = mmap.PAGESIZE
 _STACKS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -37,6 +38,9 @@ _EXPERT_OPS = ("GroupedExperts", "MixtureOfExperts")
 _INDICES, _GATE_UP = 2, 3
 """Places of the experts chosen and of the stack of gate and up projections among the arguments of `_EXPERT_OPS`."""
 _HASH_OP = "EngramHash"
+Maps = Mapping[str, mmap.mmap]
+"""Mapped files by name."""
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
@@ -149,13 +153,12 @@ class WeightMemory:
         InputError: the limit is too small for what is always held and the experts of one token.
     """
 
-    def __init__(
-        self, manifest: Manifest, maps: Mapping[str, mmap.mmap], arrays: Sequence[np.ndarray], limit: int
-    ) -> None:
+    def __init__(self, manifest: Manifest, folder: Path, maps: Maps, arrays: Sequence[np.ndarray], limit: int) -> None:
         self.limit = limit
         self.traffic = WeightTraffic()
         self._lock = threading.RLock()
-        self._held: OrderedDict[tuple[str, int], int] = OrderedDict()
+        self._held: OrderedDict[tuple[str, int], None] = OrderedDict()
+        self._files = [folder / name for name in maps]
         self._layers: dict[str, _Layer] = {}
         self._by_address: dict[int, str] = {}
         self._tables: list[tuple[_Range, int]] = []
@@ -166,15 +169,17 @@ class WeightMemory:
         self._hashes = 0
         kernels = manifest.build.get("kernels", {})
         self._ops = {name: row[0] for name, row in kernels.items() if row[0] in (*_EXPERT_OPS, _HASH_OP)}
-        dense = 0
+        self._dense: list[np.ndarray] = []
         for weight, array in zip(manifest.weights, arrays, strict=True):
-            dense += self._place(manifest, weight, maps, array)
+            self._place(manifest, weight, maps, array)
+        dense = sum(array.nbytes for array in self._dense) + _AROUND
+        self._baseline = _mapped_bytes()
         for layer in self._layers.values():
             assert len(layer.stacks) == len(_STACKS)
         largest = max((layer.charge for layer in self._layers.values()), default=0)
         self._table_bytes = max(limit // 32, self._tables_touched(1))
-        self._expert_bytes = limit - dense - self._table_bytes
-        if self._expert_bytes < self._top_k * largest:
+        self._experts_from_start = limit - dense - self._table_bytes
+        if self._experts_from_start < self._top_k * largest:
             least = (dense + self._top_k * largest + self._tables_touched(1)) * 32 // 31 + 1
             raise InputError(
                 f"weights_memory: expected at least {least} bytes, for {dense} that are always held and {self._top_k} "
@@ -182,8 +187,8 @@ class WeightMemory:
             )
         self.tokens_per_call = self._most_tokens(largest)
 
-    def _place(self, manifest: Manifest, weight: StoredWeight, maps: Mapping[str, mmap.mmap], array: np.ndarray) -> int:
-        """Note where a weight lies; its bytes if it is always held."""
+    def _place(self, manifest: Manifest, weight: StoredWeight, maps: Maps, array: np.ndarray) -> None:
+        """Note where a weight lies."""
         assert weight.file is not None
         nbytes = prod(weight.shape) * DTYPES[weight.dtype].storage.itemsize
         place = _Range(maps[weight.file], weight.offset, nbytes)
@@ -194,8 +199,7 @@ class WeightMemory:
             if weight.name.endswith(_STACKS[0]):
                 self._by_address[array.ctypes.data] = name
             layer.stacks.append(place)
-            return 0
-        if weight.name.endswith(_TABLES):
+        elif weight.name.endswith(_TABLES):
             rows = 1
             if weight.name.endswith(_ENGRAM_TABLE):
                 engram = manifest.config["engram"]
@@ -203,10 +207,10 @@ class WeightMemory:
                 self._engram.append(place)
                 self._engram_row_bytes.append(nbytes // weight.shape[0])
             self._tables.append((place, rows))
-            return 0
-        if weight.name.endswith("mlp.gate.tid2eid"):
-            self._layers.setdefault(weight.name.removesuffix(".mlp.gate.tid2eid"), _Layer()).by_token = array
-        return nbytes + 2 * _AROUND
+        else:
+            self._dense.append(array)
+            if weight.name.endswith("mlp.gate.tid2eid"):
+                self._layers.setdefault(weight.name.removesuffix(".mlp.gate.tid2eid"), _Layer()).by_token = array
 
     def _tables_touched(self, tokens: int) -> int:
         """Bytes of tables that may come into memory with so many tokens."""
@@ -215,7 +219,7 @@ class WeightMemory:
     def _most_tokens(self, largest: int) -> int:
         """Tokens whose experts and rows have room at once."""
         experts = max((layer.experts for layer in self._layers.values()), default=0)
-        room = self._expert_bytes // largest if largest else 0
+        room = self._experts_from_start // largest if largest else 0
         tokens = 1 << 30 if room >= experts else room // self._top_k
         while tokens > 1 and self._tables_touched(tokens) > self._table_bytes:
             tokens //= 2
@@ -242,7 +246,10 @@ class WeightMemory:
                 for place, _ in self._tables:
                     place.drop()
                 self._table_tokens = tokens.size
-            free = self._expert_bytes
+            for array in self._dense:  # always held, so taken in at once: the rest is then what experts may take
+                array.reshape(-1).view(np.uint8)[::_PAGE].max(initial=0)
+            self._dense = []
+            free = self._experts_from_start
             for name, layer in self._layers.items():
                 if layer.by_token is not None:
                     chosen = np.unique(layer.by_token[tokens.reshape(-1)])
@@ -279,22 +286,31 @@ class WeightMemory:
         for key in keys:
             if key in self._held:
                 self._held.move_to_end(key)
-        used = sum(self._held.values())
+        # Whole experts that are missing, and the neighbours of any.
+        room = len(missing) * layer.nbytes + len(keys) * (layer.charge - layer.nbytes)
         needed = frozenset(keys)
-        while used + len(missing) * layer.charge > self._expert_bytes:
-            used -= self._drop_oldest(needed)
+        while self._occupied() + room > self.limit - self._table_bytes and self._drop_oldest(needed):
+            pass
         for key in missing:
-            self._held[key] = layer.charge
+            self._held[key] = None
             self.traffic.bytes_read += layer.nbytes
             for place in layer.expert(key[1]):
                 place.want()
 
-    def _drop_oldest(self, needed: Collection[tuple[str, int]]) -> int:
-        """Let the expert go that was not used for longest; what it occupied."""
-        key = next(key for key in self._held if key not in needed)
+    def _occupied(self) -> int:
+        """About what the weights occupy: mapped memory of the process without what it had before."""
+        return _mapped_bytes() - self._baseline
+
+    def _drop_oldest(self, needed: Collection[tuple[str, int]]) -> bool:
+        """Let the expert go that was not used for longest; whether there was one."""
+        key = next((key for key in self._held if key not in needed), None)
+        if key is None:  # other files have been mapped meanwhile
+            self._baseline = _mapped_bytes() - resident_bytes(self._files)
+            return False
         for place in self._layers[key[0]].expert(key[1]):
             place.drop()
-        return self._held.pop(key)
+        del self._held[key]
+        return True
 
     def _want_rows(self, addresses: np.ndarray) -> None:
         """Ask for rows of the next Engram table; hashes are worked out in the order of their layers."""
@@ -305,6 +321,11 @@ class WeightMemory:
         pages = np.unique((table.start + np.concatenate([rows * row, rows * row + row - 1])) // _PAGE)
         for first in np.split(pages, np.flatnonzero(np.diff(pages) > 1) + 1):
             table.mapped.madvise(mmap.MADV_WILLNEED, int(first[0]) * _PAGE, len(first) * _PAGE)
+
+
+def _mapped_bytes() -> int:
+    """Resident bytes of all files that this process has mapped, from counters of the kernel."""
+    return int(Path("/proc/self/statm").read_text().split()[2]) * _PAGE
 
 
 def resident_bytes(files: Iterable[str | os.PathLike[str]]) -> int:

@@ -161,7 +161,7 @@ def prefilling(model: Model, tokens: int, rounds: int) -> Work:
     return Work(f"prefill of {tokens}", max(FEWEST_PROMPTS, rounds // PROMPT_SHARE), session, Session.reset, step)
 
 
-def measure(work: Work, kernels: Kernels, profile: bool, model: Model) -> Measured:
+def measure(work: Work, kernels: Kernels, profile: bool, model: Model | None = None) -> Measured:
     """Time `work`; with `profile` in turn with the same under the profiler, so that a slow spell hits both."""
     watched = work.session.fork()
     recorder = Recorder(watched)
@@ -176,7 +176,8 @@ def measure(work: Work, kernels: Kernels, profile: bool, model: Model) -> Measur
     made = launches(calls, recorder.take_arguments(), kernels, work.session.max_context)
     recorder.record_times()
     times, profiled_times, profiled = [], [], []
-    before = None if model.weight_memory is None else replace(model.weight_memory.traffic)
+    memory = None if model is None else model.weight_memory
+    before = None if memory is None else replace(memory.traffic)
     steps = work.rounds * (2 if profile else 1)
     for _ in range(work.rounds):
         times.append(_step(work, work.session))
@@ -184,8 +185,8 @@ def measure(work: Work, kernels: Kernels, profile: bool, model: Model) -> Measur
             profiled_times.append(_step(work, watched))
             profiled.append(recorder.take())
     experts = None
-    if before is not None and model.weight_memory is not None:
-        experts = _experts(before, model.weight_memory.traffic, steps, model.resident_weight_bytes)
+    if before is not None and memory is not None and model is not None:
+        experts = _experts(before, memory.traffic, steps, model.resident_weight_bytes)
     return Measured(work.what, times, made, profiled_times, profiled, experts)
 
 

@@ -39,7 +39,7 @@ watcher = threading.Thread(target=watch)
 watcher.start()
 tokens = np.random.default_rng(0).integers(0, model.vocab_size, (1, 60))
 with model.new_session(max_context=100) as session:
-    logits = [session.prefill(tokens)[0]]
+    logits = [session.prefill(tokens, chunk=1)[0]]  # a bound makes chunks smaller, which changes the order of sums
     for token in np.resize(tokens[0, :7], 30):
         logits.append(session.decode([token])[0])
         most[0] = max(most[0], model.resident_weight_bytes)
@@ -61,7 +61,7 @@ def wide(config: ModelConfig) -> ModelConfig:
         num_hidden_layers=3,
         attention_types=("sliding", "csa", "hca"),
         mlp_types=("hash", "topk", "topk"),
-        n_routed_experts=24,
+        n_routed_experts=48,
         num_experts_per_tok=2,
         moe_intermediate_size=384,
         max_position_embeddings=4096,
@@ -84,7 +84,7 @@ def child(artifact: Path, bound: int | None) -> dict[str, Any]:
 def test_the_bound_is_kept_and_changes_nothing(artifact: Path) -> None:
     weights = sum(file.stat().st_size for file in artifact.glob("weights*"))
     free = child(artifact, None)
-    bound = 45 * MIB
+    bound = 72 * MIB
     assert free["most"] > 1.5 * bound  # without one, the same tokens need much more
     assert weights > 2 * bound
     bounded = child(artifact, bound)
@@ -98,7 +98,7 @@ def test_the_bound_is_kept_and_changes_nothing(artifact: Path) -> None:
 
 
 def test_hash_routed_experts_are_asked_for_before_the_step(artifact: Path) -> None:
-    model = v4c.load(artifact, weights_memory=f"{80 * MIB}")
+    model = v4c.load(artifact, weights_memory=f"{100 * MIB}")
     memory = model.weight_memory
     assert memory is not None
     with model.new_session(max_context=8) as session:
@@ -133,18 +133,18 @@ def test_a_bound_that_is_too_small_says_what_is_needed(artifact: Path) -> None:
 
 
 def test_the_commands_report_hits_and_bytes(artifact: Path) -> None:
-    result = shell(["run", artifact, "--tokens", "1,2,3", "--max-new-tokens", "5", "--weights-memory", "45MiB"])
+    result = shell(["run", artifact, "--tokens", "1,2,3", "--max-new-tokens", "5", "--weights-memory", "72MiB"])
     assert result.returncode == 0, result.stderr
     assert "experts held" in result.stderr
     counts = ["--context", "16", "--prompt-tokens", "8", "--rounds", "4"]
-    result = shell(["bench", artifact, *counts, "--weights-memory", "45MiB", "--json"])
+    result = shell(["bench", artifact, *counts, "--weights-memory", "72MiB", "--json"])
     assert result.returncode == 0, result.stderr
     document = json.loads(result.stdout)
     for figures in (*document["decode"], *document["prefill"]):
         experts = figures["experts"]
         assert 0 <= experts["hit_rate"] <= 1
         assert experts["uses"] > 0
-        assert 0 < experts["resident_bytes"] <= 45 * MIB
+        assert 0 < experts["resident_bytes"] <= 72 * MIB
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,7 @@ def _fetch(weight, panel, g, stored):
     at: T.int64 = T.min(
         panel * weight.shape[1] + g + AHEAD_BYTES // stored.nbytes, weight.shape[0] * weight.shape[1] - 1
     )
-    for line in T.unroll(stored.nbytes // LINE):
+    for line in T.unroll(-(-stored.nbytes // LINE)):
         # For reading (0), to be kept in all caches (3), data (1); the index counts groups from the first panel on.
         T.evaluate(T.call_intrin("void", "tirx.prefetch", T.address_of(weight[0, at, line * LINE]), 0, 3, 1))
 
