@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from v4c.errors import InputError
+from v4c.runtime.cache_specs import CacheSpec
 from v4c.runtime.dtypes import DTYPES
-from v4c.runtime.manifest import CacheSpec
 from v4c.runtime.tensors import aligned_zeros, tensor_over
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from v4c.errors import ArtifactError
+from v4c.runtime.cache_specs import CacheSpec, caches_json, read_caches, read_dtype
 from v4c.runtime.dtypes import DTYPES
 from v4c.runtime.fields import Fields
 
@@ -38,41 +39,6 @@ Each returns a tuple: float32 logits, then the caches, which it has updated in p
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A cache dimension that grows with the context: one row per ``ratio`` tokens."""
-
-    ratio: int
-
-
-Dim = int | str | Rows
-"""A cache dimension: a fixed size, ``"batch"``, or `Rows`."""
-
-
-@dataclass(frozen=True)
-class CacheSpec:
-    """One cache tensor; its first dimension is ``"batch"``, and only the second may be `Rows`.
-
-    Without `Rows` it is a ring or another small state that is copied whole by a fork.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[Dim, ...]
-
-    @property
-    def ratio(self) -> int | None:
-        """Tokens per row when the cache grows with the context, else None."""
-        return self.shape[1].ratio if len(self.shape) > 1 and isinstance(self.shape[1], Rows) else None
-
-    def sizes(self, batch: int, max_context: int) -> tuple[int, ...]:
-        """The shape for ``batch`` rows and ``max_context`` tokens; at least one row, so no tensor is empty."""
-        return tuple(
-            max(1, max_context // dim.ratio) if isinstance(dim, Rows) else batch if isinstance(dim, str) else dim
-            for dim in self.shape
-        )
 
 
 @dataclass(frozen=True)
@@ -217,7 +183,7 @@ class Manifest:
             "vocab_size": self.vocab_size,
             "max_context": self.max_context,
             "eos_token_ids": list(self.eos_token_ids),
-            "caches": _caches_json(self.caches),
+            "caches": caches_json(self.caches),
             "entry_points": {
                 name: {"function": function, "parameters": list(PARAMETERS)}
                 for name, function in self.entry_points.items()
@@ -262,7 +228,7 @@ class Manifest:
             vocab_size=top.count("vocab_size", 1),
             max_context=top.count("max_context", 1),
             eos_token_ids=tuple(top.items("eos_token_ids", int, "token ids")),
-            caches=_caches(top),
+            caches=read_caches(top),
             entry_points=_entry_points(top.section("entry_points")),
             build=top.mapping("build"),
             plan=_listed(top, "plan", top.optional_text("plan") if "plan" in document else None, files),
@@ -335,58 +301,15 @@ def _dtypes(fields: Fields) -> DTypes:
     return dtypes
 
 
-def _dtype(fields: Fields) -> str:
-    name = fields.text("dtype")
-    if name not in DTYPES:
-        raise fields.fail("dtype", f"one of {', '.join(DTYPES)}", name)
-    return name
-
-
-def _cache(fields: Fields) -> CacheSpec:
-    dims: list[Dim] = []
-    for axis, dim in enumerate(fields.take("shape", list, "a list")):
-        if axis == 0 and dim == "batch":
-            dims.append("batch")
-        elif axis == 1 and isinstance(dim, dict):
-            rows = Fields(dim, f"{fields.where}: shape[1]")
-            dims.append(Rows(rows.count("rows", 1)))
-            rows.done()
-        elif axis > 0 and isinstance(dim, int) and not isinstance(dim, bool) and dim > 0:
-            dims.append(dim)
-        else:
-            raise fields.fail("shape", '"batch", then {"rows": ratio} or a size, then sizes', dim)
-    if not dims:
-        raise fields.fail("shape", 'a list that begins with "batch"', dims)
-    cache = CacheSpec(fields.text("name"), _dtype(fields), tuple(dims))
-    fields.done()
-    return cache
-
-
-def _caches(fields: Fields) -> tuple[CacheSpec, ...]:
-    caches = fields.take("caches", list, "a list")
-    return tuple(_cache(Fields(cache, f"{fields.where}: caches[{i}]")) for i, cache in enumerate(caches))
-
-
-def _caches_json(caches: Iterable[CacheSpec]) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": cache.name,
-            "dtype": cache.dtype,
-            "shape": [{"rows": dim.ratio} if isinstance(dim, Rows) else dim for dim in cache.shape],
-        }
-        for cache in caches
-    ]
-
-
 def _mtp(fields: Fields) -> MTP:
     names = (tuple(fields.items(key, str, "names of weights")) for key in ("weights", "own_weights"))
-    mtp = MTP(_caches(fields), *names)
+    mtp = MTP(read_caches(fields), *names)
     fields.done()
     return mtp
 
 
 def _mtp_json(mtp: MTP) -> dict[str, Any]:
-    return {"caches": _caches_json(mtp.caches), "weights": list(mtp.weights), "own_weights": list(mtp.own_weights)}
+    return {"caches": caches_json(mtp.caches), "weights": list(mtp.weights), "own_weights": list(mtp.own_weights)}
 
 
 def _check_mtp(fields: Fields, manifest: Manifest) -> None:
@@ -406,7 +329,7 @@ def _weight(fields: Fields, files: Mapping[str, StoredFile]) -> StoredWeight:
     if any(size < 0 for size in shape):
         raise fields.fail("shape", "sizes of at least 0", shape)
     file = _listed(fields, "file", fields.optional_text("file"), files)
-    weight = StoredWeight(fields.text("name"), _dtype(fields), shape, file, fields.count("offset"))
+    weight = StoredWeight(fields.text("name"), read_dtype(fields), shape, file, fields.count("offset"))
     fields.done()
     if weight.offset % ALIGNMENT:
         raise fields.fail("offset", f"a multiple of {ALIGNMENT}", weight.offset)

@@ -22,8 +22,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from v4c.errors import ArtifactError, OutputError
+from v4c.runtime.cache_specs import CacheSpec
 from v4c.runtime.dtypes import DTYPES
-from v4c.runtime.manifest import CacheSpec, Manifest
+from v4c.runtime.manifest import Manifest
 
 FORMAT = "v4c.session"
 VERSION = "1"

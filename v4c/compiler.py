@@ -34,6 +34,7 @@ from v4c.passes.pipeline import PACK_WEIGHTS, SHARE_LAYERS, SPECIALISE_DECODE, P
 from v4c.passes.relax.importer import Importer
 from v4c.passes.relax.layouts import CacheFormat, Storage, WeightSpec
 from v4c.progress import Progress
+from v4c.runtime import cache_specs
 from v4c.runtime import manifest as artifact
 from v4c.runtime.library import choose_threads
 from v4c.runtime.shards import plan_shards
@@ -319,8 +320,8 @@ def _manifest(
     )
 
 
-def _stored_caches(caches: list[CacheSpec], device: Target) -> tuple[artifact.CacheSpec, ...]:
-    return tuple(artifact.CacheSpec(c.path, _cache_dtype(c, device), _dims(c)) for c in caches)
+def _stored_caches(caches: list[CacheSpec], device: Target) -> tuple[cache_specs.CacheSpec, ...]:
+    return tuple(cache_specs.CacheSpec(c.path, _cache_dtype(c, device), _dims(c)) for c in caches)
 
 
 def _main_cache_dtype(config: ModelConfig, device: Target, storage: Storage) -> str:
@@ -329,6 +330,6 @@ def _main_cache_dtype(config: ModelConfig, device: Target, storage: Storage) -> 
     return _cache_dtype(next(c for c in model_caches(config) if c.path.endswith(".window")), device)
 
 
-def _dims(spec: CacheSpec) -> tuple[artifact.Dim, ...]:
-    rows: artifact.Dim = artifact.Rows(spec.ratio) if spec.ratio else spec.rows
+def _dims(spec: CacheSpec) -> tuple[cache_specs.Dim, ...]:
+    rows: cache_specs.Dim = cache_specs.Rows(spec.ratio) if spec.ratio else spec.rows
     return ("batch", rows) if spec.width is None else ("batch", rows, spec.width)

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from tests.targets.cpu_harness import compiled, run
+from v4c.errors import UnsupportedError
 from v4c.targets.cpu.kernels.experts import grouped_experts
 from v4c.targets.cpu.kernels.linear import linear
 from v4c.targets.cpu.kernels.packing import PANEL, pack_gate_up, pack_rows
 from v4c.targets.cpu.kernels.quant_packing import quant_pack_gate_up, quant_pack_rows
-from v4c.targets.cpu.schedule import ExpertSchedule, PanelSchedule, ProductSchedule
+from v4c.targets.cpu.schedule import AttentionSchedule, ExpertSchedule, PanelSchedule, ProductSchedule
 
 BITS = {"int8": 8, "int4": 4}
 DTYPES = ["float32", "bfloat16", "int8", "int4"]
@@ -74,3 +75,9 @@ def test_every_schedule_sums_two_rows_as_one(accumulators: int, chains: int, k: 
     assert schedule.partial_sums(1, k) == schedule.partial_sums(2, k)
     for rows in (1, 2):
         assert rows * schedule.columns(rows) * schedule.partial_sums(rows, k) <= accumulators
+
+
+def test_no_schedule_cuts_the_rows_of_two_tokens_otherwise() -> None:
+    assert min(AttentionSchedule.choices()["enough_tokens"]) > 2
+    with pytest.raises(UnsupportedError, match="enough_tokens: expected at least 3, found 2"):
+        AttentionSchedule(enough_tokens=2)

@@ -117,6 +117,7 @@ def test_sessions_are_refused_on_one_line(tiny_artifact: Path, tmp_path: Path) -
         (["--tokens", "5", "--min-p", "2"], ("min_p",)),
         (["--tokens", "5", "--logprobs", "-1"], ("logprobs",)),
         (["--tokens", "5", "--stop", ""], ("stop",)),
+        (["--tokens", "5", "--speculative"], ("speculative", "multi-token-prediction layer, found none")),
     ],
 )
 def test_bad_options_are_refused(options: list[str], fragments: tuple[str, ...], tiny_artifact: Path) -> None:
