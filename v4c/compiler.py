@@ -33,7 +33,7 @@ from v4c.runtime import manifest as artifact
 from v4c.runtime.library import choose_threads
 from v4c.runtime.shards import plan_shards
 from v4c.runtime.writer import SHARD_BYTES, ArtifactWriter
-from v4c.targets.base import Simulated, Target
+from v4c.targets.base import Simulated, StorageChecks, Target
 from v4c.weight_packing import pack_weights, peak_bytes, resume_key
 
 if TYPE_CHECKING:
@@ -161,6 +161,8 @@ def lower(model: ir.Model, device: Target, storage: Storage, options: PassOption
 
 def settings(device: Target, disable_passes: Collection[str], storage: Storage) -> tuple[Collection[str], Storage]:
     """Passes to leave out and storage of weights: what was asked, and what the target's kernels need."""
+    if isinstance(device, StorageChecks):
+        device.check_storage(storage)
     if not isinstance(device, Simulated):
         return disable_passes, storage
     return [*dict.fromkeys((*disable_passes, *device.without_passes))], device.storage(storage)
