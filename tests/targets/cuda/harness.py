@@ -1,4 +1,4 @@
-"""Compile one CUDA kernel and call it with NumPy arrays: on the simulated GPU, or under ``pytest -m gpu`` on a real one.
+"""Compile one CUDA kernel and call it with NumPy arrays: on the simulated GPU, or with ``pytest -m gpu`` on a real one.
 
 Outputs and a kernel's own memory start as NaN; on the simulated device every argument also ends where memory does, so
 that a read or write behind it is fatal.
