@@ -60,7 +60,7 @@ class Bench:
         import tvm
         import tvm_ffi
 
-        with tvm_ffi.use_raw_stream(tvm.cuda(0), self.stream.handle.value):
+        with tvm_ffi.use_raw_stream(tvm.cuda(0), int(self.stream.handle.value or 0)):
             yield
 
     def build(self, kernel: Kernel) -> tuple[Any, Callable[..., Any]]:

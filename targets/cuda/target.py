@@ -116,7 +116,7 @@ def _own() -> str | None:
         return None
     fitting = [a.name for a in ARCHITECTURES.values() if a.capability <= capability]
     exact = [a.name for a in ARCHITECTURES.values() if a.capability == capability]
-    return (exact or fitting or [None])[-1]
+    return (exact or fitting)[-1] if fitting else None
 
 
 def _summary(made: list[toolchain.Binary]) -> dict[str, Any]:
