@@ -77,8 +77,8 @@ class Artifact:
         """Refuse a machine, or a version of TVM, that the library is not for.
 
         Raises:
-            UnsupportedError: it was compiled for a target that this runtime cannot drive, or for a GPU that is missing or
-                too old.
+            UnsupportedError: it was compiled for a target that this runtime cannot drive, or for a GPU that is
+                missing or too old.
             ArtifactError: this machine is of another kind, lacks CPU features, or has another version of TVM.
         """
         target = self.manifest.target

@@ -1,7 +1,7 @@
 """A decode step as one CUDA graph: its launches are recorded once and replayed with a single call.
 
 A graph holds pointers. Those of weights, caches and inputs are fixed for a session, which binds and keeps them; the
-scratch memory of the step comes from TVM's pool, and stays mapped until the pool is emptied (`Program.release_scratch`).
+scratch memory of the step comes from TVM's pool, and stays mapped until that is emptied (`Program.release_scratch`).
 A step that runs after that is recorded anew. Sessions that share a GPU take turns (`GPU.exclusive`), so that what one
 leaves in the pool between two steps is free for the others.
 """

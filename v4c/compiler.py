@@ -40,7 +40,7 @@ from v4c.runtime.library import choose_threads
 from v4c.runtime.shards import plan_shards
 from v4c.runtime.writer import SHARD_BYTES, ArtifactWriter
 from v4c.stored_formats import stored_formats
-from v4c.targets.base import Simulated, Target
+from v4c.targets.base import Simulated, StorageChecks, Target
 from v4c.weight_packing import pack_weights, peak_bytes, resume_key
 
 if TYPE_CHECKING:
@@ -213,6 +213,8 @@ def mtp_graph(source: Any, options: PassOptions, storage: Storage, progress: Pro
 
 def settings(device: Target, disable_passes: Collection[str], storage: Storage) -> tuple[Collection[str], Storage]:
     """Passes to leave out and storage of weights: what was asked, and what the target's kernels need."""
+    if isinstance(device, StorageChecks):
+        device.check_storage(storage)
     if not isinstance(device, Simulated):
         return disable_passes, storage
     if storage.kv != "f32":

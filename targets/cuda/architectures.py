@@ -36,7 +36,7 @@ ARCHITECTURES = {
         Architecture("sm_100a", "compute_100", 227 << 10),
     )
 }
-"""By name. Code for names that end in ``a`` runs on that one generation; its PTX, made without it, runs on newer ones."""
+"""By name. Code for names that end in ``a`` runs on that one generation; the PTX beside it runs on newer ones."""
 
 DEFAULT = "sm_90a"
 

@@ -84,6 +84,8 @@ def machine_code(compiler: Compiler) -> Iterator[list[Binary]]:
 @cache
 def load_runtime() -> None:
     """TVM's CUDA runtime, on the real libraries or on stand-ins."""
+    import tvm  # noqa: F401  (loads the libraries that it is linked to)
+
     for opened, name, functions, versions in (
         (cuda_library.open_driver, cuda_library.DRIVER, _DRIVER_FUNCTIONS, ""),
         (cuda_library.open_runtime, cuda_library.RUNTIME, _RUNTIME_FUNCTIONS, "libcudart.so.13 { global: *; };\n"),

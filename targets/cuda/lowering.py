@@ -18,8 +18,8 @@ from .kernels.experts import grouped_experts, mixture_of_experts
 from .kernels.index import lightning_index
 from .kernels.mhc import mhc_head, mhc_post, mhc_post_pre_norm, mhc_pre, mhc_pre_norm
 from .kernels.products import grouped_linear, merged_linear
-from .kernels.rows import add, rms_norm, rotary_query_kv, swiglu, trailing_rope
 from .kernels.routing import hash_route, hash_router, topk_route, topk_router
+from .kernels.rows import add, rms_norm, rotary_query_kv, swiglu, trailing_rope
 from .scheduling import Scheduler
 
 Inputs = Mapping[str, TensorSpec]

@@ -1,7 +1,7 @@
 """Reads a cubin without NVIDIA's tools: which kernels it has, and which instructions they are made of.
 
-A cubin is an ELF file with a section ``.text.NAME`` per kernel. An instruction is 16 bytes from sm_70 on; its low twelve
-bits are the opcode (as nvdisasm shows it beside the text).
+A cubin is an ELF file with a section ``.text.NAME`` per kernel. An instruction is 16 bytes from sm_70 on; its low
+twelve bits are the opcode (as nvdisasm shows it beside the text).
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from v4c.passes.relax.layouts import TABLE_LAYOUTS, Layout, WeightSpec
 
 _NUMPY = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "int64": np.int64}
 _BY_ROWS = (
-    Layout.PLAIN, *TABLE_LAYOUTS, Layout.LINEAR, Layout.ROUTER, Layout.GATE_UP, Layout.EXPERTS_DOWN, Layout.GROUPED_LINEAR,
+    Layout.PLAIN, *TABLE_LAYOUTS, Layout.LINEAR, Layout.ROUTER, Layout.GATE_UP, Layout.EXPERTS_DOWN,
+    Layout.GROUPED_LINEAR,
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""How kernels cut their work: the numbers that tuning searches, with defaults that suit a chip of 100 to 150 processors."""
+"""How kernels cut their work: the numbers that tuning searches, with defaults for a chip of 100 to 150 processors."""
 
 from __future__ import annotations
 

@@ -13,13 +13,14 @@ import numpy as np
 from v4c.errors import UnsupportedError
 from v4c.passes.pipeline import PassOptions, relax_pipeline
 from v4c.passes.relax.kernel_table import kernel_table
-from v4c.passes.relax.layouts import WeightSpec
+from v4c.passes.relax.layouts import Storage, WeightSpec
 from v4c.runtime import cuda_library
 
 from ..cpu.tuning_database import TuningDatabase
 from . import packing, toolchain
 from .architectures import ARCHITECTURES, DEFAULT, Architecture, find
 from .device_module import Compiler, machine_code
+from .launch import CTYPES
 from .lowering import CUDAKernels
 from .scheduling import Scheduler
 
@@ -65,6 +66,13 @@ class CUDATarget:
         """What `build` found: the compiler, and the most any kernel takes."""
         return {}
 
+    def check_storage(self, storage: Storage) -> None:
+        for dtype in (storage.tables, storage.products):
+            if dtype not in CTYPES:
+                raise UnsupportedError(
+                    f"weights: expected float32 or bfloat16 (--quant none) for target cuda, found {dtype}"
+                )
+
     def pack(self, weight: WeightSpec, array: np.ndarray) -> np.ndarray:
         return packing.pack(weight, array)
 
@@ -108,7 +116,7 @@ def _own() -> str | None:
         return None
     fitting = [a.name for a in ARCHITECTURES.values() if a.capability <= capability]
     exact = [a.name for a in ARCHITECTURES.values() if a.capability == capability]
-    return (exact or fitting or [None])[-1]
+    return (exact or fitting)[-1] if fitting else None
 
 
 def _summary(made: list[toolchain.Binary]) -> dict[str, Any]:

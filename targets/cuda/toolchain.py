@@ -97,7 +97,8 @@ def compile_source(source: str, architecture: Architecture) -> Binary:
     if importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings"):
         return _with_nvrtc(text, architecture)
     raise UnsupportedError(
-        "target cuda: expected nvcc (CUDA_HOME, PATH or /usr/local/cuda) or NVRTC (pip install 'v4c[cuda]'), found neither"
+        "target cuda: expected nvcc (CUDA_HOME, PATH or /usr/local/cuda) or NVRTC (pip install 'v4c[cuda]'), "
+        "found neither"
     )
 
 

@@ -78,7 +78,8 @@ def export(
     default="cpu",
     show_default=True,
     metavar="T",
-    help="cpu, or cpu:LEVEL such as cpu:x86-64-v3; ascend, or ascend:DEVICE such as ascend:Ascend950PR_9599.",
+    help="cpu, or cpu:LEVEL such as cpu:x86-64-v3; cuda, or cuda:ARCH such as cuda:sm_90a; ascend, or ascend:DEVICE "
+    "such as ascend:Ascend950PR_9599.",
 )
 @click.option(
     "--dtype",

@@ -11,7 +11,8 @@ def kv_compress(z: int, c: int, rotary: int, ratio: int, eps: float) -> Any:
     """Every window of `ratio` tokens becomes one row (V4 paper, on CSA and HCA).
 
     Arguments of the PrimFunc, float32 unless noted: kv, gate ``[B, S, Z]``, bias ``[ratio, Z]``, norm ``[C]``, inv_freq
-    ``[rotary / 2]``; in place: state_kv, state_gate ``[B, Q, Z]``, rows ``[B, N, C]``; positions, lengths ``[B]`` int64.
+    ``[rotary / 2]``; in place: state_kv, state_gate ``[B, Q, Z]``, rows ``[B, N, C]``; positions, lengths ``[B]``
+    int64.
     """
     names = ("kv", "gate", "bias", "norm", "state_kv", "state_gate", "rows")
     own = _buffers(names, z, c, ratio, "n")

@@ -56,7 +56,7 @@ def engram_gate_conv(m: int, d: int, taps: int, dilation: int, eps: float) -> An
     """
     streams: Buffer = (("b", "s", m, d), "float32")
     buffers: dict[str, Buffer] = {"keys": streams, "value": (("b", "s", d), "float32"), "streams": streams}
-    buffers |= {name: ((m, d), "float32") for name in ("key_norm", "stream_norm", "conv_norm")}
+    buffers |= dict.fromkeys(("key_norm", "stream_norm", "conv_norm"), ((m, d), "float32"))
     buffers |= {
         "conv_weight": ((m * d, taps), "float32"),
         "conv_state": (("b", (taps - 1) * dilation, m * d), "float32"),

@@ -14,8 +14,8 @@ def grouped_experts(
 ) -> Any:
     """Weighted sum of each token's experts (V4 paper, section 2.1).
 
-    Arguments of the PrimFunc: x ``[B, S, D]`` float32, weights ``[B, S, K]`` float32, indices ``[B, S, K]`` int64 (-1 is
-    none), gate_up ``[E, 2F, D]`` and down ``[E, D, F]`` of `dtype`, y ``[B, S, D]`` float32.
+    Arguments of the PrimFunc: x ``[B, S, D]`` float32, weights ``[B, S, K]`` float32, indices ``[B, S, K]`` int64 (-1
+    is none), gate_up ``[E, 2F, D]`` and down ``[E, D, F]`` of `dtype`, y ``[B, S, D]`` float32.
     """
     return _experts("grouped_experts", experts, d, f, top_k, limit, dtype, 0, schedule)
 

@@ -20,7 +20,7 @@ def matrix_units(dtype: str, k: int) -> bool:
 def merged_linear(sizes: tuple[int, ...], k: int, dtype: str, norm_eps: float | None, schedule: ProductSchedule) -> Any:
     """``x [m, K]`` float32 (normed first where `norm_eps` is given) times a weight ``[sum(sizes), K]`` of `dtype`.
 
-    Arguments of the PrimFunc: x, with `norm_eps` the norm's weight ``[K]``, the weight, and a float32 ``[m, n]`` per size.
+    Arguments of the PrimFunc: x, with `norm_eps` the norm's weight ``[K]``, weight, and a float32 ``[m, n]`` per size.
     """
     outputs = {f"out{i}": (("m", n), "float32") for i, n in enumerate(sizes)}
     norm = {"norm": ((k,), "float32")} if norm_eps is not None else {}

@@ -20,7 +20,7 @@ def topk_route(experts: int, top_k: int, scaling: float) -> Any:
 
 
 def topk_router(experts: int, d: int, top_k: int, scaling: float, dtype: str, schedule: ProductSchedule) -> Any:
-    """As `topk_route` for ``logits = x weight^T``: x ``[B, S, D]`` float32, weight ``[E, D]`` of `dtype`, bias, outputs."""
+    """As `topk_route` for ``logits = x weight^T``: x ``[B, S, D]`` float32, weight ``[E, D]`` of `dtype`, bias."""
     buffers: dict[str, Buffer] = {
         "x": (("b", "s", d), "float32"), "w": ((experts, d), dtype), "bias": ((experts,), "float32"), **_chosen(top_k),
     }  # fmt: skip

@@ -21,14 +21,14 @@ def rms_norm(width: int, eps: float, weighted: bool) -> Any:
 
 def add(width: int) -> Any:
     """Two float32 ``[m, D]`` to their sum."""
-    buffers = {name: (("m", width), "float32") for name in ("a", "b_", "y")}
+    buffers = dict.fromkeys(("a", "b_", "y"), (("m", width), "float32"))
     n = f"m * {width}"
     return prim_func("add", buffers, [Launch(device_call("add"), ("a", "b_", n, "y"), (ceil_div(n, 256),), 256)])
 
 
 def swiglu(width: int, limit: float) -> Any:
     """``silu(min(gate, limit)) * clamp(up, -limit, limit)`` of float32 ``[B, S, F]``."""
-    buffers = {name: (("b", "s", width), "float32") for name in ("gate", "up", "y")}
+    buffers = dict.fromkeys(("gate", "up", "y"), (("b", "s", width), "float32"))
     n = f"b * s * {width}"
     call = device_call("swiglu")
     return prim_func("swiglu", buffers, [Launch(call, ("gate", "up", limit, n, "y"), (ceil_div(n, 256),), 256)])

@@ -1,7 +1,7 @@
 """Builds the simulated driver, and kernels for it: the text that nvcc compiles, compiled by g++ for this processor.
 
-TVM's own CUDA runtime then loads, launches and captures as on a GPU. It shows that kernels and runtime are right - sums,
-indices, barriers, copies, arguments, graphs - and nothing of how fast they are.
+TVM's own CUDA runtime then loads, launches and captures as on a GPU. It shows that kernels and runtime are right -
+sums, indices, barriers, copies, arguments, graphs - and nothing of how fast they are.
 """
 
 from __future__ import annotations

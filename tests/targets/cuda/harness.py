@@ -1,4 +1,4 @@
-"""Compile one CUDA kernel and call it with NumPy arrays, on the simulated GPU or, under ``pytest -m gpu``, on a real one.
+"""Compile one CUDA kernel and call it with NumPy arrays: on the simulated GPU, or with ``pytest -m gpu`` on a real one.
 
 Outputs and a kernel's own memory start as NaN; on the simulated device every argument also ends where memory does, so
 that a read or write behind it is fatal.
@@ -18,8 +18,10 @@ import torch
 from v4c.runtime.dtypes import DTYPES
 from v4c.runtime.tensors import aligned_zeros, tensor_over
 
-REAL = os.environ.get("V4C_TEST_GPU") == "1"
-"""Whether kernels are to run on a real GPU; set by conftest.py."""
+
+def real() -> bool:
+    """Whether kernels are to run on a real GPU, as conftest.py says once tests are collected."""
+    return os.environ.get("V4C_TEST_GPU") == "1"
 
 
 class Result(NamedTuple):
@@ -40,7 +42,7 @@ def prepare() -> str:
     from v4c.targets.cuda.simulator.build import load_driver
     from v4c.targets.cuda.target import CUDATarget
 
-    if REAL:
+    if real():
         try:
             cuda_library.find_device()
         except UnsupportedError as error:
@@ -61,7 +63,7 @@ def compiled(factory: Callable[..., Any], *arguments: Any) -> Any:
     from v4c.targets.cuda.target import CUDATarget
 
     architecture = architectures.find(prepare())
-    compiler = functools.partial(toolchain.compile_source, architecture=architecture) if REAL else compile_simulated
+    compiler = functools.partial(toolchain.compile_source, architecture=architecture) if real() else compile_simulated
     function = factory(*arguments).with_attr("global_symbol", "main")
     with device_module.machine_code(compiler):
         return tvm.compile(tvm.IRModule({"main": function}), target=CUDATarget(architecture).tvm_target())

@@ -157,8 +157,11 @@ def test_engram(plan: Plan, seed: int) -> None:
         "multipliers": torch.randint(2**61, 2**62, (3,), generator=rng) | 1,
         "primes": torch.tensor([97, 101, 103, 107]), "offsets": torch.tensor([0, 97, 198, 301]),
     }  # fmt: skip
-    follow("EngramHash", plan, lambda chunk, _: {"input_ids": torch.randint(0, 80, (batch, chunk), generator=rng), **hashing},
-           {"history": torch.zeros(batch, 2, dtype=torch.int64)}, 0, pad_id=2)  # fmt: skip
+
+    def tokens(chunk: int, _: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.randint(0, 80, (batch, chunk), generator=rng), **hashing}
+
+    follow("EngramHash", plan, tokens, {"history": torch.zeros(batch, 2, dtype=torch.int64)}, 0, pad_id=2)
     m, d, taps, dilation = 4, 50, 4, 3
     weights = {n: normal(rng, m, d) for n in ("key_norm", "stream_norm", "conv_norm")}
     weights["conv_weight"] = normal(rng, m * d, taps)

@@ -43,6 +43,7 @@ def artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return path
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_an_artifact_holds_machine_code_and_ptx(artifact: Path) -> None:
     manifest = json.loads((artifact / "manifest.json").read_text())
@@ -54,6 +55,7 @@ def test_an_artifact_holds_machine_code_and_ptx(artifact: Path) -> None:
     assert b"__global__" not in library  # and no source
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_loading_without_a_driver(artifact: Path) -> None:
     try:
@@ -104,5 +106,5 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(toolchain, "nvcc", lambda: None)
     monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UnsupportedError, match="expected nvcc .* or NVRTC .*, found neither"):
+    with pytest.raises(UnsupportedError, match=r"expected nvcc .* or NVRTC .*, found neither"):
         toolchain.compile_source("", architecture("sm_80"))
