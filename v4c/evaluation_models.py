@@ -121,7 +121,8 @@ class TorchReader:
 class OnnxReader:
     """An exported file in ONNX Runtime. One that gives the last token's logits only is read token by token."""
 
-    kind, tokenizer = "onnx", None
+    kind = "onnx"
+    tokenizer: Tokenizer | Path | None = None
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         import onnxruntime

@@ -67,6 +67,8 @@ class CUDATarget:
         return {}
 
     def check_storage(self, storage: Storage) -> None:
+        if storage.kv != "f32":
+            raise UnsupportedError(f"kv {storage.kv!r}: expected f32 for target cuda")
         for dtype in (storage.tables, storage.products):
             if dtype not in CTYPES:
                 raise UnsupportedError(
