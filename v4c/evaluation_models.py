@@ -30,7 +30,10 @@ class Reader(Protocol):
     target: str
     weights: str
     vocab_size: int
-    tokenizer: Tokenizer | Path | None
+
+    @property
+    def tokenizer(self) -> Tokenizer | Path | None:
+        """See above."""
 
     def all_logits(self, ids: np.ndarray) -> np.ndarray:
         """``[B, S]`` int64 -> ``[B, S, V]`` float32."""
