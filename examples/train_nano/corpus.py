@@ -9,7 +9,8 @@ import ast
 import hashlib
 import pydoc_data.topics
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 SHORTEST = 200
@@ -19,8 +20,9 @@ _LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packa
 _HELD_OUT_SHARE = 24
 
 
-def documents() -> dict[str, str]:
-    """Every document by name, in a fixed order; no text twice."""
+@cache
+def documents() -> Mapping[str, str]:
+    """Every document by name, in a fixed order; no text twice. The library is read once in a process."""
     found: dict[str, str] = {}
     seen: set[str] = set()
     for name, text in _all():
@@ -31,7 +33,7 @@ def documents() -> dict[str, str]:
     return found
 
 
-def split(every: dict[str, str]) -> tuple[list[str], list[str]]:
+def split(every: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """(training, held-out) texts. A document's name alone decides, so that another version of Python splits alike."""
     parts: tuple[list[str], list[str]] = ([], [])
     for name, text in every.items():

@@ -188,8 +188,8 @@ def test_questions_can_be_answered(tokenizer: Any, step: int, length: int) -> No
 def test_a_variant_learns(variant: str, tokenizer: Any, tmp_path: Path) -> None:
     """A few steps lower the loss, and what is written is a checkpoint of the variant (but for a plain residual, which
     is no V4 model)."""
-    run = Run(Plan(variant, steps=4, tokens=256), tokenizer)
-    figures = [run.advance() for _ in range(4)]
+    run = Run(Plan(variant, steps=60, tokens=256), tokenizer)
+    figures = [run.advance() for _ in range(8)]
     assert all(np.isfinite(list(one.values())).all() for one in figures)
     assert figures[-1]["loss"] < figures[0]["loss"]
     if not VARIANTS[variant].plain_residual:
