@@ -15,9 +15,9 @@ from .native_layout import is_expert_stack, native_bytes
 WeightDtype = Literal["native", "f32", "bf16", "f16"]
 CacheDtype = Literal["f32", "bf16", "fp8"]
 
-_FP4_GROUP = 32
+FP4_GROUP = 32
 """An FP4 index row has one e8m0 scale byte per 32 columns."""
-_FP8_ROW_GROUP = 64
+FP8_ROW_GROUP = 64
 """A deployed FP8 cache row has one scale byte per 64 dims, padded to `_FP8_ROW_ALIGNMENT` of them."""
 _FP8_ROW_ALIGNMENT = 8
 
@@ -84,8 +84,8 @@ def row_bytes(config: ModelConfig, kv: CacheDtype) -> tuple[int, int]:
     width, index_width = config.head_dim, config.index_head_dim
     if kv == "fp8":
         plain = width - config.qk_rope_head_dim
-        scales = -(-plain // (_FP8_ROW_GROUP * _FP8_ROW_ALIGNMENT)) * _FP8_ROW_ALIGNMENT
-        return plain + 2 * config.qk_rope_head_dim + scales, -(-index_width // 2) + -(-index_width // _FP4_GROUP)
+        scales = -(-plain // (FP8_ROW_GROUP * _FP8_ROW_ALIGNMENT)) * _FP8_ROW_ALIGNMENT
+        return plain + 2 * config.qk_rope_head_dim + scales, -(-index_width // 2) + -(-index_width // FP4_GROUP)
     each = 4 if kv == "f32" else 2
     return each * width, each * index_width
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from v4c.progress import Progress
 from .config import ModelConfig
 from .model.caches import CacheSpec, model_caches
 from .model.model import WeightSource, checkpoint_name, rope_kind
-from .names import TensorInfo, tensor_specs
+from .names import TensorInfo, mtp_specs, tensor_specs
 from .rope import inv_freq
 from .trace import PART_DOMAIN, Part, layer_kind, trace_embedding, trace_head, trace_layer
 
@@ -45,12 +45,12 @@ def cache_shape(spec: CacheSpec) -> list[str | int]:
     return ["batch", rows] if spec.width is None else ["batch", rows, spec.width]
 
 
-class _Assembler:
-    """Builds the main graph: values, weights and calls."""
+class Assembler:
+    """Builds a main graph: values, weights and calls."""
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
         self.config, self.dtype = config, WEIGHT_DTYPES[dtype]
-        self.specs = tensor_specs(config)
+        self.specs = tensor_specs(config) | mtp_specs(config)
         self.nodes: list[ir.Node] = []
         self.inputs: list[ir.Value] = []
         self.weights: dict[str, ir.Value] = {}
@@ -84,10 +84,38 @@ class _Assembler:
         self.nodes.append(node)
         return list(node.outputs)
 
-    def call(self, part: Part, prefix: str, values: dict[str, ir.Value], outputs: list[str]) -> list[ir.Value]:
+    def call(
+        self, part: Part, prefix: str, values: dict[str, ir.Value], outputs: list[str],
+        stored: Callable[[str], str] = checkpoint_name,
+    ) -> list[ir.Value]:  # fmt: skip
         """Call a part: its activations and caches from `values`, its weights by checkpoint name under `prefix`."""
-        arguments = [values[n] for n in part.inputs] + [self.weight(checkpoint_name(prefix + w)) for w in part.weights]
+        arguments = [values[n] for n in part.inputs] + [self.weight(stored(prefix + w)) for w in part.weights]
         return self.emit(part.function.name, PART_DOMAIN, arguments, {}, outputs)
+
+    def finish(
+        self, parts: Iterable[Part], outputs: list[ir.Value], constants: Iterable[ir.Value], caches: list[CacheSpec]
+    ) -> ir.Model:
+        """The model: its graph gives `outputs`; weights are inputs without data."""
+        functions = [p.function for p in parts]
+        functions += op_functions(functions)
+        opsets = {"": ONNX_OPSET, DOMAIN: OPSET_VERSION, PART_DOMAIN: 1}
+        for function in functions:
+            function.opset_imports.update(opsets)
+        main = ir.Graph(
+            [*self.inputs, *self.weights.values()],
+            outputs,
+            nodes=self.nodes,
+            initializers=list(constants),
+            opset_imports=opsets,
+            name="v4",
+        )
+        described = [{"name": s.path, "dtype": s.dtype, "shape": cache_shape(s)} for s in caches]
+        metadata = {
+            "v4c.config": json.dumps(self.config.to_dict()),
+            "v4c.caches": json.dumps(described),
+            "v4c.weights": json.dumps(list(self.weights)),
+        }
+        return ir.Model(main, ir_version=11, producer_name="v4c", functions=functions, metadata_props=metadata)
 
 
 def build(
@@ -111,14 +139,14 @@ def build(
         progress("trace embedding and head", len(kinds), len(kinds) + 2)
     embed, head = trace_embedding(config), trace_head(config, all_logits)
 
-    graph = _Assembler(config, dtype)
+    graph = Assembler(config, dtype)
     common = {
         "input_ids": graph.input("input_ids", ir.DataType.INT64, ["batch", "chunk"]),
         "positions": graph.input("positions", ir.DataType.INT64, ["batch"]),
         "lengths": graph.input("lengths", ir.DataType.INT64, ["batch"]),
     }
     past = {s.path: graph.input(f"past.{s.path}", _IR_TYPES[s.dtype], cache_shape(s)) for s in model_caches(config)}
-    constants = {r: _constant(f"rope.{r}.inv_freq", inv_freq(config, r)) for r in ("main", "compress")}
+    constants = {r: constant(f"rope.{r}.inv_freq", inv_freq(config, r)) for r in ("main", "compress")}
     streams_type = ir.TensorType(ir.DataType.FLOAT)
     streams_shape: list[str | int] = ["batch", "chunk", config.hc_mult, config.hidden_size]
 
@@ -142,28 +170,9 @@ def build(
     logits.type = ir.TensorType(ir.DataType.FLOAT)
     logits.shape = _logits_shape(config.vocab_size, all_logits)
 
-    functions = [p.function for p in (embed, *parts.values(), head)]
-    functions += op_functions(functions)
-    opsets = {"": ONNX_OPSET, DOMAIN: OPSET_VERSION, PART_DOMAIN: 1}
-    for function in functions:
-        function.opset_imports.update(opsets)
-    main = ir.Graph(
-        [*graph.inputs, *graph.weights.values()],
-        [logits, *present],
-        nodes=graph.nodes,
-        initializers=list(constants.values()),
-        opset_imports=opsets,
-        name="v4",
-    )
-    caches = [{"name": s.path, "dtype": s.dtype, "shape": cache_shape(s)} for s in model_caches(config)]
-    metadata = {
-        "v4c.config": json.dumps(config.to_dict()),
-        "v4c.caches": json.dumps(caches),
-        "v4c.weights": json.dumps(list(graph.weights)),
-    }
     if progress:
         progress("trace", len(kinds) + 2, len(kinds) + 2)
-    return ir.Model(main, ir_version=11, producer_name="v4c", functions=functions, metadata_props=metadata)
+    return graph.finish((embed, *parts.values(), head), [logits, *present], constants.values(), model_caches(config))
 
 
 def add_heads(model: ir.Model, config: ModelConfig) -> None:
@@ -177,10 +186,23 @@ def add_heads(model: ir.Model, config: ModelConfig) -> None:
 
 def set_head(model: ir.Model, all_logits: bool) -> None:
     """Make the last call the head that gives the last live token's logits, or every token's; see `add_heads`."""
-    (call,) = (n for n in model.graph if n.domain == PART_DOMAIN and n.op_type in map(_head_name, (False, True)))
+    call = _head_call(model)
     call.op_type = _head_name(all_logits)
     assert call.outputs[0].shape is not None
     call.outputs[0].shape = _logits_shape(int(call.outputs[0].shape[-1]), all_logits)  # type: ignore[arg-type]
+
+
+def add_streams(model: ir.Model) -> None:
+    """Make the streams ``[batch, chunk, M, D]`` before the head the second output, which an MTP layer takes."""
+    streams = _head_call(model).inputs[0]
+    assert streams is not None
+    model.graph.outputs.insert(1, streams)
+
+
+def _head_call(model: ir.Model) -> ir.Node:
+    names = [_head_name(all_logits) for all_logits in (False, True)]
+    (call,) = (n for n in model.graph if n.domain == PART_DOMAIN and n.op_type in names)
+    return call
 
 
 def _head_name(all_logits: bool) -> str:
@@ -199,7 +221,8 @@ def check_destination(path: Path) -> None:
         raise OutputError(f"{path}: expected an existing folder {path.parent}, found none")
 
 
-def _constant(name: str, array: np.ndarray) -> ir.Value:
+def constant(name: str, array: np.ndarray) -> ir.Value:
+    """An initializer of the main graph."""
     tensor = ir.tensor(array, name=name)
     return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
 

@@ -24,6 +24,7 @@ from v4c.frontend.config import ModelConfig
 
 from .model.caches import layer_caches
 from .model.model import DecoderLayer, Embedding, Head
+from .model.mtp import MTPEntry
 
 PART_DOMAIN = "v4c.parts"
 """ONNX domain of the model-local functions the parts become."""
@@ -70,6 +71,14 @@ def trace_head(config: ModelConfig, all_logits: bool) -> Part:
     inputs = {"streams": _streams(config), "lengths": _ids(2)}
     dims = {"streams": (batch, chunk), "lengths": (batch,)}
     return _trace("HeadAll" if all_logits else "Head", lambda: Head(config, all_logits), inputs, dims, ["logits"])
+
+
+def trace_mtp_entry(config: ModelConfig) -> Part:
+    """``streams, input_ids -> streams``: what an MTP layer makes of the model's streams and the next tokens' ids."""
+    batch, chunk = _dims("batch", "chunk")
+    inputs = {"streams": _streams(config), "input_ids": _ids(2, 7)}
+    dims = {"streams": (batch, chunk), "input_ids": (batch, chunk)}
+    return _trace("MTPEntry", lambda: MTPEntry(config), inputs, dims, ["streams"])
 
 
 def trace_layer(config: ModelConfig, layer: int) -> Part:

@@ -66,9 +66,9 @@ def nbytes(spec: Spec) -> float:
     return size(spec) * np.dtype(dtype).itemsize
 
 
-_BLOCK_WEIGHTS = {1088: 1024, 576: 1024}
-"""Bytes of a block of quantised weights, the last dimension of a packed one, to the weights in it: 32 float16 scales,
-then 32 outputs by 32 inputs of a byte or half a byte."""
+_BLOCK_WEIGHTS = {1088: 1024, 576: 1024, 544: 1024, 4160: 4096}
+"""Bytes of a block of quantised weights, the last dimension of a packed one, to the weights in it: scales, then 32
+outputs by 32 inputs (of published FP8 by 128) of a byte or half a byte."""
 
 
 def weights_in(spec: Spec) -> int:
@@ -183,27 +183,29 @@ def _rows_seen(tokens: int, positions: Spec, window: int, rows: Spec | None, mos
     return _Rows(seen, min(seen, different))
 
 
-def _attend(q: Spec, rows: _Rows, others: Specs) -> Cost:
+def _attend(q: Spec, rows: _Rows, window: Spec, others: Specs) -> Cost:
     """Every head of every token against the rows it sees, which all heads share: scores and sum."""
     heads, width = int(q.shape[2]), int(q.shape[3])
-    return Cost(_all([q, q, *others]) + 4.0 * rows.different * width, 4.0 * heads * rows.seen * width)
+    row = nbytes(window) / max(1, _tokens(window))  # of the compressed ones as well
+    return Cost(_all([q, q, *others]) + row * rows.different, 4.0 * heads * rows.seen * width)
 
 
 def _csa(inputs: Specs, outputs: Specs, capacity: int | None) -> Cost:
     q, kv, window, rows, indices, _, positions, *rest = inputs
     seen = _rows_seen(_tokens(q), positions, int(window.shape[1]), rows, int(indices.shape[2]), capacity)
-    return _attend(q, seen, [kv, indices, *rest])
+    return _attend(q, seen, window, [kv, indices, *rest])
 
 
 def _hca(inputs: Specs, outputs: Specs, capacity: int | None) -> Cost:
     q, kv, window, rows, _, positions, *rest = inputs
     seen = _rows_seen(_tokens(q), positions, int(window.shape[1]), rows, int(rows.shape[1]), capacity)
-    return _attend(q, seen, [kv, *rest])
+    return _attend(q, seen, window, [kv, *rest])
 
 
 def _sliding(inputs: Specs, outputs: Specs, capacity: int | None) -> Cost:
     q, kv, window, _, positions, *rest = inputs
-    return _attend(q, _rows_seen(_tokens(q), positions, int(window.shape[1]), None, 0, capacity), [kv, *rest])
+    seen = _rows_seen(_tokens(q), positions, int(window.shape[1]), None, 0, capacity)
+    return _attend(q, seen, window, [kv, *rest])
 
 
 def _index(inputs: Specs, outputs: Specs, capacity: int | None) -> Cost:

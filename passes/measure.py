@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from v4c.custom_ops import DOMAIN, OPS, TensorSpec
+from v4c.passes.onnx.hoisting import stored_in_checkpoint
 
 from .cost import GROUPED_PRODUCT, INPUTS_ATTRIBUTE, OP_ATTRIBUTE, Cost, cost_of
 
@@ -126,6 +127,10 @@ def _is_number(value: ir.Value) -> bool:
     )
 
 
+_NATIVE = {"fp8": "int8", "fp4": "int4", "float32": "float32"}
+"""Types as wide as what the checkpoint stores."""
+
+
 def _node_cost(node: ir.Node, stored: set[ir.Value], products: str) -> Cost:
     read = [v for v in node.inputs if v is not None and not (v.shape is None and _is_number(v))]
     inputs = [_spec(v, stored, products) for v in read]
@@ -154,7 +159,7 @@ def _spec(value: ir.Value, stored: set[ir.Value], products: str) -> TensorSpec |
         str(value.dtype), "bool"
     )
     if dtype == "float32" and len(dims) > 1 and (value in stored or _from_weight(value, stored)):
-        dtype = products
+        dtype = products if products != "native" else _NATIVE.get(stored_in_checkpoint(value), "bfloat16")
     return TensorSpec(dims, dtype)
 
 

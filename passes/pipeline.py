@@ -119,7 +119,32 @@ IMPORT_CHOICES = (SHARE_LAYERS, PACK_WEIGHTS)
 """Choices of the import: one function for all layers of a kind; projections packed for their kernel."""
 
 OPTIONAL = (*(p.pass_name for p in ONNX_PASSES), *IMPORT_CHOICES, *(p.name for p in PHASES if p.optional))
-"""Every name that ``--disable-pass`` takes, in the order in which they act."""
+"""Every name of ours that ``--disable-pass`` takes, in the order in which they act."""
+
+_order: list[type[OnnxPass]] = list(ONNX_PASSES)
+
+
+def add_onnx_pass(new: type[OnnxPass], before: str | None = None) -> None:
+    """Have every compilation of this process run another pass on the ONNX graph.
+
+    Args:
+        new: the class; its `pass_name` must not be taken. It is made anew for each run.
+        before: the name of the pass it runs before; None: it runs last.
+
+    Raises:
+        UnsupportedError: the name is taken, or `before` is no pass on the ONNX graph.
+    """
+    names = [p.pass_name for p in _order]
+    if new.pass_name in (*names, *OPTIONAL):
+        raise UnsupportedError(f"pass {new.pass_name!r}: expected a name of its own, found one that is taken")
+    if before is not None and before not in names:
+        raise UnsupportedError(f"pass {before!r}: expected one of {', '.join(names)}")
+    _order.insert(len(names) if before is None else names.index(before), new)
+
+
+def remove_onnx_pass(name: str) -> None:
+    """Take back what `add_onnx_pass` did."""
+    _order[:] = [p for p in _order if p.pass_name != name or p in ONNX_PASSES]
 
 
 @dataclass(frozen=True)
@@ -155,8 +180,9 @@ class PassOptions:
     def checked(cls, disabled: Collection[str], observe: Callable[[Stage], None] | None = None) -> PassOptions:
         """Options with names checked; UnsupportedError lists the passes that can be switched off."""
         for name in disabled:
-            if name not in OPTIONAL:
-                raise UnsupportedError(f"pass {name!r}: cannot be disabled; expected one of {', '.join(OPTIONAL)}")
+            known = [*(p.pass_name for p in _order if p not in ONNX_PASSES), *OPTIONAL]
+            if name not in known:
+                raise UnsupportedError(f"pass {name!r}: cannot be disabled; expected one of {', '.join(known)}")
         return cls(frozenset(disabled), observe)
 
 
@@ -178,7 +204,7 @@ def run_onnx_passes(
     type_inputs(model)
     observe(0, "export")
     reports = []
-    for number, make in enumerate((p for p in ONNX_PASSES if p.pass_name not in options.disabled), start=1):
+    for number, make in enumerate((p for p in list(_order) if p.pass_name not in options.disabled), start=1):
         reports.append(make().run(model))
         observe(number, make.pass_name)
     return reports

@@ -12,24 +12,27 @@ import os
 import platform
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from v4c.errors import ArtifactError, InputError, UnsupportedError
+from v4c.runtime.cuda import check_device
 from v4c.runtime.dtypes import DTYPES
 from v4c.runtime.library import installed_tvm_version, one_line
 from v4c.runtime.manifest import MANIFEST_NAME, Manifest, StoredWeight, Target
 from v4c.runtime.tensors import tensor_over
+from v4c.runtime.weight_memory import WeightMemory
 
 _MAP_NORESERVE = 0x4000  # Linux, x86 and Arm; Python's mmap names it from 3.13 on
 
 VERIFY = ("all", "code")
 """What to hash before loading: every file, or the library alone (sizes are always checked)."""
 
-DRIVEN = ("cpu", "ascend-sim")
-"""Targets whose libraries run on the processor."""
+DRIVEN = ("cpu", "cuda", "ascend-sim")
+"""Targets whose libraries this runtime runs; all but ``cuda`` on the processor."""
 
 
 class Artifact:
@@ -65,11 +68,17 @@ class Artifact:
         """Path of ``tokenizer.json``, or None."""
         return None if self.manifest.tokenizer is None else self.path / self.manifest.tokenizer
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the library runs on an NVIDIA GPU."""
+        return self.manifest.target.name.partition(":")[0] == "cuda"
+
     def check_machine(self) -> None:
         """Refuse a machine, or a version of TVM, that the library is not for.
 
         Raises:
-            UnsupportedError: it was compiled for a target that this runtime cannot drive.
+            UnsupportedError: it was compiled for a target that this runtime cannot drive, or for a GPU that is
+                missing or too old.
             ArtifactError: this machine is of another kind, lacks CPU features, or has another version of TVM.
         """
         target = self.manifest.target
@@ -78,6 +87,8 @@ class Artifact:
             raise UnsupportedError(
                 f"{self.path}: expected target {drives}, which this runtime drives, found {target.name}"
             )
+        if self.on_gpu:
+            check_device(target.name)
         if target.arch != platform.machine():
             raise ArtifactError(f"{self.path}: compiled for {target.arch}, this machine is {platform.machine()}")
         missing = missing_cpu_features(target)
@@ -89,25 +100,41 @@ class Artifact:
                 f"{self.path}: compiled with TVM {self.manifest.tvm_version}, {version} is installed: recompile"
             )
 
+    @property
+    def weight_files(self) -> list[Path]:
+        """Paths of the files that hold weights."""
+        return sorted({self.path / weight.file for weight in self.manifest.weights if weight.file is not None})
+
     def map_weights(self) -> list[Any]:
         """All weights as TVM tensors over the mapped files, in manifest order, without a copy.
 
         Raises:
             ArtifactError: the artifact was compiled without weights, or a file cannot be mapped.
         """
+        return [tensor_over(a, w.dtype) for a, w in zip(self._mapped[1], self.manifest.weights, strict=True)]
+
+    def bound_weights(self, limit: int) -> WeightMemory:
+        """Keeps what mapped weights occupy within `limit` bytes.
+
+        Raises:
+            ArtifactError: as `map_weights`.
+            InputError: the limit is too small.
+        """
+        return WeightMemory(self.manifest, self.path, *self._mapped, limit)
+
+    @cached_property
+    def _mapped(self) -> tuple[dict[str, mmap.mmap], list[np.ndarray]]:
+        """The weight files by name, and the weights in them."""
         if not self.manifest.has_weights:
             raise ArtifactError(f"{self.path}: expected weights, found none: it was compiled without them")
         maps: dict[str, mmap.mmap] = {}
-        return [self._map(weight, maps) for weight in self.manifest.weights]
+        return maps, [self._map(weight, maps) for weight in self.manifest.weights]
 
-    def _map(self, weight: StoredWeight, maps: dict[str, mmap.mmap]) -> Any:
+    def _map(self, weight: StoredWeight, maps: dict[str, mmap.mmap]) -> np.ndarray:
         assert weight.file is not None
         if weight.file not in maps:
             maps[weight.file] = _map_file(self.path / weight.file)
-        array: np.ndarray = np.ndarray(
-            weight.shape, DTYPES[weight.dtype].storage, buffer=maps[weight.file], offset=weight.offset
-        )
-        return tensor_over(array, weight.dtype)
+        return np.ndarray(weight.shape, DTYPES[weight.dtype].storage, buffer=maps[weight.file], offset=weight.offset)
 
     def _verify(self, names: Iterable[str]) -> None:
         # Hashing releases the interpreter lock: one thread per file keeps up with a fast disk.

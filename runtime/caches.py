@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from v4c.errors import InputError
+from v4c.runtime.cache_specs import CacheSpec
 from v4c.runtime.dtypes import DTYPES
-from v4c.runtime.manifest import CacheSpec
 from v4c.runtime.tensors import aligned_zeros, tensor_over
 
 
@@ -33,6 +33,7 @@ class Caches:
         except (MemoryError, ValueError) as error:
             raise InputError(f"batch {batch}, max_context {max_context}: caches do not fit in memory") from error
         self.tensors = [tensor_over(array, s.dtype) for array, s in zip(self.arrays, specs, strict=True)]
+        self._rings = [array for array, s in zip(self.arrays, specs, strict=True) if s.ratio is None]
 
     def copy_live(self, source: Caches, positions: np.ndarray) -> None:
         """Take over what ``source`` holds of rows that have read ``positions`` [B] tokens.
@@ -46,6 +47,23 @@ class Caches:
                     target[row, :written] = origin[row, :written]
                 elif position > 0:
                     target[row] = origin[row]
+
+    def ring_rows(self, positions: np.ndarray) -> list[np.ndarray]:
+        """Copies of what the rings hold in the slots of tokens at ``positions`` [B, n], a [B, n, ...] for each ring.
+
+        Reading a token writes, of a ring, the slot ``position mod size``, and nothing else.
+        """
+        rows = np.arange(len(positions))[:, None]
+        return [array[rows, positions % array.shape[1]] for array in self._rings]
+
+    def restore_ring_rows(self, positions: np.ndarray, saved: Sequence[np.ndarray], wanted: np.ndarray) -> None:
+        """Put back what `ring_rows` copied for ``positions``, where ``wanted`` [B, n] is true."""
+        rows, columns = np.nonzero(wanted)
+        if not rows.size:
+            return
+        slots = positions[rows, columns]
+        for array, copies in zip(self._rings, saved, strict=True):
+            array[rows, slots % array.shape[1]] = copies[rows, columns]
 
     def repeat(self, positions: np.ndarray, position: int) -> None:
         """Fill caches that grow to ``position`` tokens with the rows written so far, over and over.

@@ -19,12 +19,12 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from v4c.errors import ArtifactError, InputError
 
-_CPU = 1  # DLPack's device type
-_POOLED = 2  # keep scratch memory between calls, see Program.release_scratch
+if TYPE_CHECKING:
+    from v4c.runtime.devices import Device
 
 _lock = threading.Lock()
 _chosen: int | None = None
@@ -137,13 +137,19 @@ class Program:
 
     Args:
         path: the verified library of an artifact.
+        device: what it runs on; its libraries are loaded.
+
+    Attributes:
+        releases: how often scratch memory has been released.
 
     Raises:
         ArtifactError: it cannot be loaded, or holds no Relax executable.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, device: Device) -> None:
         ffi = import_ffi()
+        self.device = device
+        self.releases = 0
         try:
             self._module = ffi.load_module(str(path))
             self._load_executable = self._module["vm_load_executable"]
@@ -154,7 +160,7 @@ class Program:
     def new_machine(self) -> Machine:
         """A virtual machine; it shares code and constants with the others."""
         module = self._load_executable()
-        module["vm_initialization"](_CPU, 0, _POOLED)
+        module["vm_initialization"](*self.device.machine)
         return Machine(module)
 
     def release_scratch(self) -> None:
@@ -163,6 +169,7 @@ class Program:
         TVM's pool keeps a buffer of every size it has seen, and prompts come in every length.
         """
         self._clear()
+        self.releases += 1
 
     def function(self, name: str) -> Callable[..., Any] | None:
         """A compiled function of the library outside the virtual machine, None where there is none of that name."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from v4c.errors import ArtifactError
+from v4c.runtime.cache_specs import CacheSpec, caches_json, read_caches, read_dtype
 from v4c.runtime.dtypes import DTYPES
 from v4c.runtime.fields import Fields
 
@@ -28,47 +29,16 @@ DECODE_ONE = "decode_one"
 """An entry point a library may have besides `ENTRY_POINTS`: ``decode`` of a batch of one row."""
 """Logits of each row's last live token [B, V]; of all positions [B, S, V]; and [B, V] with the chunk bound to 1."""
 
+PREFILL_STREAMS, VERIFY, DRAFT = "prefill_streams", "verify", "draft"
+"""Functions of an artifact with a multi-token-prediction layer, see `MTP`: ``prefill`` and ``prefill_all`` that return
+the residual streams [B, S, M, D] before the head after the logits, and the layer itself."""
+
 PARAMETERS = ("input_ids", "positions", "lengths", "caches", "weights")
 """Argument order of every entry point: int64 [B, S], [B], [B], then all caches and all weights in manifest order.
 Each returns a tuple: float32 logits, then the caches, which it has updated in place."""
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A cache dimension that grows with the context: one row per ``ratio`` tokens."""
-
-    ratio: int
-
-
-Dim = int | str | Rows
-"""A cache dimension: a fixed size, ``"batch"``, or `Rows`."""
-
-
-@dataclass(frozen=True)
-class CacheSpec:
-    """One cache tensor; its first dimension is ``"batch"``, and only the second may be `Rows`.
-
-    Without `Rows` it is a ring or another small state that is copied whole by a fork.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[Dim, ...]
-
-    @property
-    def ratio(self) -> int | None:
-        """Tokens per row when the cache grows with the context, else None."""
-        return self.shape[1].ratio if len(self.shape) > 1 and isinstance(self.shape[1], Rows) else None
-
-    def sizes(self, batch: int, max_context: int) -> tuple[int, ...]:
-        """The shape for ``batch`` rows and ``max_context`` tokens; at least one row, so no tensor is empty."""
-        return tuple(
-            max(1, max_context // dim.ratio) if isinstance(dim, Rows) else batch if isinstance(dim, str) else dim
-            for dim in self.shape
-        )
 
 
 @dataclass(frozen=True)
@@ -126,6 +96,25 @@ class DTypes:
 
 
 @dataclass(frozen=True)
+class MTP:
+    """The multi-token-prediction layer: functions `PREFILL_STREAMS`, `VERIFY` and `DRAFT` of the library.
+
+    `DRAFT` takes int64 [B, S], [B], [B] (the tokens after those that the streams belong to; positions and lengths of
+    the streams), float32 streams [B, S, M, D], then `caches` and `weights`. It returns float32 logits [B, V] of the
+    token after each row's last live one, then its caches, updated in place.
+
+    Attributes:
+        caches: the layer's, in argument order.
+        weights: names of the weights `DRAFT` takes, in argument order; some are the model's too.
+        own_weights: those that only `DRAFT` takes; they are the last of the manifest's.
+    """
+
+    caches: tuple[CacheSpec, ...]
+    weights: tuple[str, ...]
+    own_weights: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything about an artifact. The compile driver sets the fields up to ``build``; the writer sets the others.
 
@@ -142,6 +131,7 @@ class Manifest:
         entry_points: entry point (`ENTRY_POINTS`, perhaps `DECODE_ONE`) to the name of its function in the library.
         build: free notes on how it was compiled (options, passes), for `v4c inspect`.
         plan: file name of the launch plan of a simulated device, or None.
+        mtp: the layer that guesses a token ahead, or None.
         weights: weights in argument order.
         library: file name of the compiled library.
         tokenizer: file name of the tokenizer, or None.
@@ -160,6 +150,7 @@ class Manifest:
     entry_points: Mapping[str, str]
     build: Mapping[str, Any] = field(default_factory=dict)
     plan: str | None = None
+    mtp: MTP | None = None
     weights: tuple[StoredWeight, ...] = ()
     library: str = ""
     tokenizer: str | None = None
@@ -169,6 +160,16 @@ class Manifest:
     def has_weights(self) -> bool:
         """False for an artifact compiled without weights: it can be inspected, not run."""
         return all(weight.file is not None for weight in self.weights)
+
+    @property
+    def all_caches(self) -> tuple[CacheSpec, ...]:
+        """The model's caches, then the MTP layer's."""
+        return self.caches if self.mtp is None else (*self.caches, *self.mtp.caches)
+
+    @property
+    def main_weights(self) -> int:
+        """How many weights the entry points take: all but the MTP layer's own, which come last."""
+        return len(self.weights) - (0 if self.mtp is None else len(self.mtp.own_weights))
 
     def to_json(self) -> str:
         """The text of ``manifest.json``."""
@@ -182,20 +183,14 @@ class Manifest:
             "vocab_size": self.vocab_size,
             "max_context": self.max_context,
             "eos_token_ids": list(self.eos_token_ids),
-            "caches": [
-                {
-                    "name": cache.name,
-                    "dtype": cache.dtype,
-                    "shape": [{"rows": dim.ratio} if isinstance(dim, Rows) else dim for dim in cache.shape],
-                }
-                for cache in self.caches
-            ],
+            "caches": caches_json(self.caches),
             "entry_points": {
                 name: {"function": function, "parameters": list(PARAMETERS)}
                 for name, function in self.entry_points.items()
             },
             "build": dict(self.build),
             **({"plan": self.plan} if self.plan is not None else {}),
+            **({"mtp": _mtp_json(self.mtp)} if self.mtp is not None else {}),
             "weights": [{**vars(weight), "shape": list(weight.shape)} for weight in self.weights],
             "library": self.library,
             "tokenizer": self.tokenizer,
@@ -233,13 +228,11 @@ class Manifest:
             vocab_size=top.count("vocab_size", 1),
             max_context=top.count("max_context", 1),
             eos_token_ids=tuple(top.items("eos_token_ids", int, "token ids")),
-            caches=tuple(
-                _cache(Fields(cache, f"{where}: caches[{i}]"))
-                for i, cache in enumerate(top.take("caches", list, "a list"))
-            ),
+            caches=read_caches(top),
             entry_points=_entry_points(top.section("entry_points")),
             build=top.mapping("build"),
             plan=_listed(top, "plan", top.optional_text("plan") if "plan" in document else None, files),
+            mtp=_mtp(top.section("mtp")) if "mtp" in document else None,
             weights=tuple(
                 _weight(Fields(weight, f"{where}: weights[{i}]"), files)
                 for i, weight in enumerate(top.take("weights", list, "a list"))
@@ -249,8 +242,9 @@ class Manifest:
             files=files,
         )
         top.done()
-        _unique(top, "caches", (cache.name for cache in manifest.caches))
+        _unique(top, "caches", (cache.name for cache in manifest.all_caches))
         _unique(top, "weights", (weight.name for weight in manifest.weights))
+        _check_mtp(top, manifest)
         for token in manifest.eos_token_ids:
             if not 0 <= token < manifest.vocab_size:
                 raise top.fail("eos_token_ids", f"ids below {manifest.vocab_size}", token)
@@ -307,31 +301,27 @@ def _dtypes(fields: Fields) -> DTypes:
     return dtypes
 
 
-def _dtype(fields: Fields) -> str:
-    name = fields.text("dtype")
-    if name not in DTYPES:
-        raise fields.fail("dtype", f"one of {', '.join(DTYPES)}", name)
-    return name
-
-
-def _cache(fields: Fields) -> CacheSpec:
-    dims: list[Dim] = []
-    for axis, dim in enumerate(fields.take("shape", list, "a list")):
-        if axis == 0 and dim == "batch":
-            dims.append("batch")
-        elif axis == 1 and isinstance(dim, dict):
-            rows = Fields(dim, f"{fields.where}: shape[1]")
-            dims.append(Rows(rows.count("rows", 1)))
-            rows.done()
-        elif axis > 0 and isinstance(dim, int) and not isinstance(dim, bool) and dim > 0:
-            dims.append(dim)
-        else:
-            raise fields.fail("shape", '"batch", then {"rows": ratio} or a size, then sizes', dim)
-    if not dims:
-        raise fields.fail("shape", 'a list that begins with "batch"', dims)
-    cache = CacheSpec(fields.text("name"), _dtype(fields), tuple(dims))
+def _mtp(fields: Fields) -> MTP:
+    names = (tuple(fields.items(key, str, "names of weights")) for key in ("weights", "own_weights"))
+    mtp = MTP(read_caches(fields), *names)
     fields.done()
-    return cache
+    return mtp
+
+
+def _mtp_json(mtp: MTP) -> dict[str, Any]:
+    return {"caches": caches_json(mtp.caches), "weights": list(mtp.weights), "own_weights": list(mtp.own_weights)}
+
+
+def _check_mtp(fields: Fields, manifest: Manifest) -> None:
+    """The names an MTP layer gives are weights; its own are the last ones."""
+    if manifest.mtp is None:
+        return
+    names = [weight.name for weight in manifest.weights]
+    for name in manifest.mtp.weights:
+        if name not in names:
+            raise fields.fail("mtp", "names of weights", name)
+    if tuple(names[max(manifest.main_weights, 0) :]) != manifest.mtp.own_weights:
+        raise fields.fail("mtp", "own_weights to be the last weights", list(manifest.mtp.own_weights)[:1])
 
 
 def _weight(fields: Fields, files: Mapping[str, StoredFile]) -> StoredWeight:
@@ -339,7 +329,7 @@ def _weight(fields: Fields, files: Mapping[str, StoredFile]) -> StoredWeight:
     if any(size < 0 for size in shape):
         raise fields.fail("shape", "sizes of at least 0", shape)
     file = _listed(fields, "file", fields.optional_text("file"), files)
-    weight = StoredWeight(fields.text("name"), _dtype(fields), shape, file, fields.count("offset"))
+    weight = StoredWeight(fields.text("name"), read_dtype(fields), shape, file, fields.count("offset"))
     fields.done()
     if weight.offset % ALIGNMENT:
         raise fields.fail("offset", f"a multiple of {ALIGNMENT}", weight.offset)

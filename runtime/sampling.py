@@ -1,4 +1,4 @@
-"""Choosing the next token from logits: greedy, or at random with temperature and nucleus (top-p) sampling."""
+"""Choosing the next token from logits: greedy, or at random with temperature, top-k, nucleus (top-p) and min-p."""
 
 from __future__ import annotations
 
@@ -19,18 +19,31 @@ class Sampler:
         top_p: keep the smallest set of most likely tokens whose probability reaches this, above 0 and at most 1;
             among equally likely tokens the smaller ids are kept (Holtzman et al., 2020, section 3.1).
         seed: of the random numbers; None draws one from the system.
+        top_k: keep this many of the most likely tokens, before ``top_p`` counts; 0 keeps all (Fan et al., 2018).
+        min_p: keep tokens at least this many times as likely as the likeliest, 0 to 1 (Nguyen et al., 2024).
 
     Raises:
         InputError: a parameter is out of range.
     """
 
-    def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        top_k: int = 0,
+        min_p: float = 0.0,
+    ) -> None:
         self._temperature = _number(temperature, "temperature")
         self._top_p = _number(top_p, "top_p")
+        self._top_k = checked_count(top_k, "top_k", 0)
+        self._min_p = _number(min_p, "min_p")
         if self._temperature < 0:
             raise InputError(f"temperature: expected at least 0, found {temperature}")
         if not 0 < self._top_p <= 1:
             raise InputError(f"top_p: expected above 0 and at most 1, found {top_p}")
+        if not 0 <= self._min_p <= 1:
+            raise InputError(f"min_p: expected 0 to 1, found {min_p}")
         if seed is not None:
             seed = checked_count(seed, "seed", 0)
         self._random = np.random.default_rng(seed)
@@ -53,11 +66,33 @@ class Sampler:
         with np.errstate(over="ignore"):  # to -inf at tiny temperatures, whose exponential is 0 as it should be
             weights = np.exp((logits.astype(np.float64) - float(logits.max())) / self._temperature)
         order = np.argsort(-weights, kind="stable")
-        cumulative = np.cumsum(weights[order])
+        if self._top_k:
+            order = order[: self._top_k]
+        ranked = weights[order]
+        cumulative = np.cumsum(ranked)
+        kept = len(order)
         if self._top_p < 1:
             kept = int(np.searchsorted(cumulative, self._top_p * cumulative[-1])) + 1
-            cumulative = cumulative[:kept]
+        if self._min_p > 0:  # the likeliest weighs 1
+            kept = min(kept, int(np.searchsorted(-ranked, -self._min_p, side="right")))
+        cumulative = cumulative[:kept]
         return int(order[np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")])
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Natural logarithms of the softmax of ``logits`` [V], float64."""
+    shifted = logits.astype(np.float64) - float(logits.max())
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def most_likely(log_probs: np.ndarray, count: int) -> list[int]:
+    """Ids of the ``count`` largest of ``log_probs`` [V], the largest first; of equal ones the smaller id first."""
+    count = min(count, len(log_probs))
+    if count == 0:
+        return []
+    bound = np.partition(log_probs, -count)[-count]
+    ids = np.flatnonzero(log_probs >= bound)
+    return [int(i) for i in ids[np.argsort(-log_probs[ids], kind="stable")][:count]]
 
 
 def _number(value: float, name: str) -> float:

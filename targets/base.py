@@ -65,3 +65,11 @@ class Simulated(Protocol):
     @property
     def attachments(self) -> Mapping[str, bytes]:
         """After `build`: further files of the artifact by name."""
+
+
+@runtime_checkable
+class StorageChecks(Protocol):
+    """A target that reads weights of some dtypes only, and says so before anything is made."""
+
+    def check_storage(self, storage: Storage) -> None:
+        """UnsupportedError where its kernels read no weights stored so."""

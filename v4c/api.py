@@ -26,6 +26,7 @@ def export(
     dtype: str = "f32",
     weights: bool = True,
     all_logits: bool = False,
+    mtp: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Path | dict[str, Any]:
@@ -38,6 +39,8 @@ def export(
         dtype: storage of the weight matrices: ``f32``, ``bf16`` or ``f16``; arithmetic is float32.
         weights: False leaves the weights out: they become graph inputs (MLIR: arguments of ``@main``).
         all_logits: logits of every token instead of each row's last live one.
+        mtp: write the multi-token-prediction layer as well, to ``NAME.mtp.onnx`` beside ``NAME.onnx``; the model then
+            has the output ``streams``, which the layer takes. ONNX only.
         dry_run: report what would be written instead of writing it.
         progress: called with (what, done, total).
 
@@ -57,6 +60,8 @@ def export(
 
         return plan(_config(open_source(source, weights)), format=format, dtype=dtype, weights=weights)
     check_destination(target)
+    if mtp and format != "onnx":
+        raise UnsupportedError(f"mtp: expected format onnx, found {format}")
     if format == "mlir":
         from v4c.frontend.mlir import export as mlir
 
@@ -67,10 +72,19 @@ def export(
         )
         return target
     opened = open_source(source, weights)
+    if mtp and not (getattr(opened, "mtp_specs", None) or (opened is source and source.num_nextn_predict_layers)):
+        raise CheckpointError(f"{source}: expected an MTP layer (tensors mtp.0.*) for mtp, found none that is whole")
     model = build(_config(opened), all_logits=all_logits, dtype=dtype, progress=progress)
-    if weights:
-        attach_weights(model, opened, progress)
-    save(model, target)
+    models = {target: model}
+    if mtp:
+        from v4c.frontend.mtp_graph import build_mtp, name_streams
+
+        name_streams(model)
+        models[target.with_name(f"{target.stem}.mtp{target.suffix}")] = build_mtp(_config(opened), dtype=dtype)
+    for file, graph in models.items():
+        if weights:
+            attach_weights(graph, opened, progress)
+        save(graph, file)
     return target
 
 
@@ -86,6 +100,7 @@ def compile(
     disable_passes: Collection[str] = (),
     dump_ir: str | os.PathLike[str] | None = None,
     tuning: str | os.PathLike[str] | None = None,
+    mtp: bool = True,
     strict: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -101,12 +116,17 @@ def compile(
             float16.
         quant: ``none``, ``int8`` or ``int4``: quantisation of the matrices of products, 32 weights to a float16 scale;
             the rows they are multiplied with are rounded to 8 bits likewise. The embedding stays as `dtype` has it;
-            norms, routers, hyper-connections and sinks stay float32.
-        kv: storage of the caches: ``f32``.
+            norms, routers, hyper-connections and sinks stay float32. ``native`` keeps FP8 and FP4 matrices of products
+            as the checkpoint has them, and other weights bfloat16 or float32; the rows that FP4 is multiplied with are
+            rounded to 8 bits.
+        kv: storage of the window, the compressed rows and the indexer's: ``f32``, ``bf16``, or ``fp8`` (e4m3 with the
+            rotated dims in bfloat16, and FP4 rows for the indexer). CPU only beyond ``f32``.
         weights: False builds the library alone; the artifact can be inspected, not run.
         disable_passes: names of optional passes to leave out.
         dump_ir: folder for the module's text after every pass.
         tuning: database that `tune` wrote; its schedules take the place of the defaults.
+        mtp: compile the multi-token-prediction layer as well, where the checkpoint holds one and the target is a CPU:
+            for speculative decoding.
         strict: a kernel that the device does not take is an error; otherwise the host runs it. Of Ascend only.
         dry_run: report what would be written instead of writing it.
         progress: called with (what, done, total).
@@ -117,55 +137,62 @@ def compile(
     Raises:
         v4c.Error: bad input or an output that cannot be written; nothing is left behind.
     """
-    from v4c.compiler import DTYPES, compile_model, plan, storage_of
+    from v4c.compiler import DTYPES, KV_FORMATS, compile_model, plan, storage_of
     from v4c.targets.cpu.kernels.quant_packing import QUANTISED
     from v4c.tuning import read_tuning
 
     _one_of("dtype", dtype, tuple(DTYPES))
-    _one_of("quant", quant, ("none", *QUANTISED))
-    _one_of("kv", kv, ("f32",))
+    _one_of("quant", quant, ("none", *QUANTISED, "native"))
+    _one_of("kv", kv, KV_FORMATS)
+    storage = storage_of(dtype, quant, next(known for known in KV_FORMATS if known == kv))
     opened = open_source(source, weights)
     database = None if tuning is None else read_tuning(Path(tuning), target)
     if dry_run:
-        return plan(
-            opened, target=target, storage=storage_of(dtype, quant), disable_passes=disable_passes, tuning=database
-        )
+        return plan(opened, target=target, storage=storage, disable_passes=disable_passes, tuning=database, mtp=mtp)
     return compile_model(
         opened,
         Path(path),
         target=target,
-        storage=storage_of(dtype, quant),
+        storage=storage,
         weights=weights,
         disable_passes=disable_passes,
         dump_ir=None if dump_ir is None else Path(dump_ir),
         tuning=database,
+        mtp=mtp,
         strict=strict,
         progress=progress,
     )
 
 
-def load(path: str | os.PathLike[str], *, threads: int | None = None, verify: str = "all") -> Model:
+def load(
+    path: str | os.PathLike[str], *, threads: int | None = None, verify: str = "all",
+    weights_memory: int | str | None = None,
+) -> Model:  # fmt: skip
     """Load an artifact for running; needs NumPy and TVM's runtime, neither torch nor a compiler.
 
     Args:
         path: folder of the artifact. Its library is code: load only artifacts you trust.
         threads: worker threads; default ``V4C_NUM_THREADS`` or the processors this process may use.
         verify: ``all`` checks every file's SHA-256, ``code`` the library and manifest only.
+        weights_memory: bytes that weights may occupy, such as ``"4GiB"``: routed experts and rows of tables stay on
+            disk but for those used last.
 
     Raises:
         v4c.ArtifactError: the artifact is incomplete, altered, of another version or for another machine.
     """
     from v4c.runtime.model import load as load_model
 
-    return load_model(path, threads=threads, verify=verify)
+    return load_model(path, threads=threads, verify=verify, weights_memory=weights_memory)
 
 
 def open_source(source: Source, weights: bool) -> Any:
     """The source as the driver takes it: an opened checkpoint, an ONNX source, or a config alone."""
+    from v4c.extend import load_installed
     from v4c.frontend.checkpoint import Checkpoint
     from v4c.frontend.config import ModelConfig
     from v4c.frontend.initialise import RandomCheckpoint
 
+    load_installed()
     if isinstance(source, ModelConfig):
         return RandomCheckpoint(source, seed=0) if weights else source
     if not isinstance(source, str | os.PathLike):

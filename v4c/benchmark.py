@@ -10,7 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from v4c.runtime.inputs import checked_count
 from v4c.runtime.model import Model, load
 from v4c.runtime.profile import Call, Recorder
 from v4c.runtime.session import Session
+from v4c.runtime.weight_memory import WeightTraffic
 
 CHUNK = 512
 """Tokens of a prompt that are read at once."""
@@ -47,6 +48,7 @@ def bench(
     rounds: int = 25,
     profile: bool = False,
     trace: str | os.PathLike[str] | None = None,
+    weights_memory: int | str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure prefill and decode of an artifact; random tokens, one row.
@@ -59,6 +61,7 @@ def bench(
         rounds: steps measured at each context, and a fifth as many prompts.
         profile: also measure every kernel.
         trace: file for a Chrome trace of a profiled step of each kind.
+        weights_memory: bytes that weights may occupy, as `load` takes them; the report then has ``experts``.
         progress: called with (what, done, total).
 
     Returns:
@@ -73,7 +76,7 @@ def bench(
     if trace is not None and (Path(trace).is_dir() or not Path(trace).parent.is_dir()):
         raise OutputError(f"{trace}: expected a file name in an existing folder")
     rounds = checked_count(rounds, "rounds", 1)
-    model = load(path, threads=threads)
+    model = load(path, threads=threads, weights_memory=weights_memory)
     if model.manifest.plan is not None:
         raise UnsupportedError(f"{path}: expected a model compiled to run, found a simulation: its speed says nothing")
     kernels = model.manifest.build.get("kernels")
@@ -88,7 +91,7 @@ def bench(
         if progress:
             progress("measure", len(measured), len(work))
         limits.measure()
-        measured.append(measure(make(), kernels, profile or trace is not None))
+        measured.append(measure(make(), kernels, profile or trace is not None, model))
     limits.measure()
     *decode, prefill = measured
     document: dict[str, Any] = {
@@ -158,7 +161,7 @@ def prefilling(model: Model, tokens: int, rounds: int) -> Work:
     return Work(f"prefill of {tokens}", max(FEWEST_PROMPTS, rounds // PROMPT_SHARE), session, Session.reset, step)
 
 
-def measure(work: Work, kernels: Kernels, profile: bool) -> Measured:
+def measure(work: Work, kernels: Kernels, profile: bool, model: Model | None = None) -> Measured:
     """Time `work`; with `profile` in turn with the same under the profiler, so that a slow spell hits both."""
     watched = work.session.fork()
     recorder = Recorder(watched)
@@ -173,12 +176,27 @@ def measure(work: Work, kernels: Kernels, profile: bool) -> Measured:
     made = launches(calls, recorder.take_arguments(), kernels, work.session.max_context)
     recorder.record_times()
     times, profiled_times, profiled = [], [], []
+    memory = None if model is None else model.weight_memory
+    before = None if memory is None else replace(memory.traffic)
+    steps = work.rounds * (2 if profile else 1)
     for _ in range(work.rounds):
         times.append(_step(work, work.session))
         if profile:
             profiled_times.append(_step(work, watched))
             profiled.append(recorder.take())
-    return Measured(work.what, times, made, profiled_times, profiled)
+    experts = None
+    if before is not None and memory is not None and model is not None:
+        experts = _experts(before, memory.traffic, steps, model.resident_weight_bytes)
+    return Measured(work.what, times, made, profiled_times, profiled, experts)
+
+
+def _experts(before: WeightTraffic, after: WeightTraffic, steps: int, resident: int) -> dict[str, Any]:
+    """What the bound on the weights' memory cost, over `steps` steps."""
+    uses, hits = after.uses - before.uses, after.hits - before.hits
+    return {
+        "uses": uses, "hit_rate": hits / uses if uses else 1.0,
+        "bytes_read": round((after.bytes_read - before.bytes_read) / steps), "resident_bytes": resident,
+    }  # fmt: skip
 
 
 def _step(work: Work, session: Session) -> float:
@@ -198,6 +216,7 @@ class Measured:
     launches: list[Launch]
     profiled_times: list[float]
     profiled: list[list[Call]]
+    experts: dict[str, Any] | None = None
 
     def figures(self, tokens: int, limits: Limits) -> dict[str, Any]:
         """Median and spread, tokens per second, and how much of the machine's limits that is."""
@@ -209,6 +228,7 @@ class Measured:
             "ms": ms, "p10_ms": float(low), "p90_ms": float(high), "tokens_per_second": tokens / ms * 1e3,
             "bytes_read": round(cost.bytes), "bandwidth_share": shares["bandwidth_share"],
             "flops": round(cost.flops), "peak_share": shares["peak_share"],
+            **({} if self.experts is None else {"experts": self.experts}),
         }  # fmt: skip
 
     def profile(self, limits: Limits) -> dict[str, Any]:

@@ -30,7 +30,10 @@ class Reader(Protocol):
     target: str
     weights: str
     vocab_size: int
-    tokenizer: Tokenizer | Path | None
+
+    @property
+    def tokenizer(self) -> Tokenizer | Path | None:
+        """See above."""
 
     def all_logits(self, ids: np.ndarray) -> np.ndarray:
         """``[B, S]`` int64 -> ``[B, S, V]`` float32."""
@@ -121,7 +124,8 @@ class TorchReader:
 class OnnxReader:
     """An exported file in ONNX Runtime. One that gives the last token's logits only is read token by token."""
 
-    kind, tokenizer = "onnx", None
+    kind = "onnx"
+    tokenizer: Tokenizer | Path | None = None
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         import onnxruntime

@@ -229,6 +229,7 @@ def _artifact(folder: Path) -> dict[str, Any]:
         "bytes": sum(weights.values()),
         "bytes_by_dtype": dict(weights),
         "tokenizer": manifest.tokenizer is not None,
+        "mtp": manifest.mtp is not None,
         **_plan(folder, manifest),
     }
 

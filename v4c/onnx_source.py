@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from v4c.errors import CheckpointError, UnsupportedError
 from v4c.frontend.config import ModelConfig
+from v4c.frontend.mtp_graph import STREAMS
 
 
 class OnnxSource:
@@ -32,6 +33,10 @@ class OnnxSource:
             raise CheckpointError(f"{path}: expected an ONNX file, found {type(error).__name__}: {error}") from error
         if "v4c.config" not in self.model.metadata_props:
             raise UnsupportedError(f"{path}: expected a model exported by v4c (metadata v4c.config), found none")
+        if any(value.name == STREAMS for value in self.model.graph.inputs):
+            raise UnsupportedError(f"{path}: expected a model, found an MTP layer: compile the checkpoint instead")
+        for value in [v for v in self.model.graph.outputs if v.name == STREAMS]:  # exported for an MTP layer
+            self.model.graph.outputs.remove(value)
         self.config = ModelConfig.from_dict(json.loads(self.model.metadata_props["v4c.config"]), str(path))
         self._tensors = {name: value.const_value for name, value in self.model.graph.initializers.items()}
 

@@ -1,4 +1,4 @@
-"""Tuning a model's kernels for a machine: which kernels there are, and the file that keeps what was found."""
+"""Tuning a model's kernels for a machine or device: which kernels there are, and the file that keeps what was found."""
 
 from __future__ import annotations
 
@@ -32,26 +32,27 @@ def tune(
     ops: Collection[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Search the schedules of a model's kernels on this machine, for `v4c.compile(..., tuning=path)`.
+    """Search the schedules of a model's kernels, for `v4c.compile(..., tuning=path)`.
 
-    Kernels that the database has a finished record of for this machine are skipped, others continued.
+    Kernels that the database has a finished record of for this machine are skipped, others continued. For an Ascend
+    device, tiles of products are chosen by estimate out of those that its compiler takes; nothing is timed.
 
     Args:
         source: checkpoint folder, ``.onnx`` file written by `v4c.export`, or a `ModelConfig`; weights are not read.
         path: the database; it is created, or added to after every trial.
-        target: ``cpu`` or ``cpu:LEVEL``.
+        target: ``cpu``, ``cpu:LEVEL``, ``ascend`` or ``ascend:DEVICE``.
         dtype, quant: storage of the weight matrices, as for `v4c.compile`.
         trials: candidates per kernel.
         time_limit: seconds that one candidate may take, compilation included; one that crashes or takes longer counts
             as failed.
-        threads: threads per kernel; default as for `v4c.load`.
-        ops: kernels to tune by name, such as ``merged_linear``; default all.
+        threads: threads per kernel; default as for `v4c.load`. CPU only, as is `time_limit`.
+        ops: kernels to tune by name, such as ``merged_linear``; default all. CPU only.
         progress: called with (what, trials done, trials).
 
     Returns:
         ``database``, ``machine`` and ``kernels``: a list of ``op``, ``shape``, ``dtype``, ``level``, ``default_us`` and
         ``tuned_us`` (microseconds by row count), ``gain``, ``parameters`` (None: the default is kept), ``trials`` and
-        ``failed`` (their numbers).
+        ``failed`` (their numbers). For Ascend as `targets.ascend.tune.tune_file` has it.
 
     Raises:
         v4c.Error: bad input, a damaged database, a target that this machine cannot run, or Optuna missing.
@@ -65,6 +66,13 @@ def tune(
 
     file = Path(path)
     check_destination(file)
+    if target.partition(":")[0] == "ascend":
+        from v4c.targets.ascend.tune import tune_file
+
+        if ops or quant != "none":
+            found = f"op {min(ops)}" if ops else f"quant {quant}"
+            raise UnsupportedError(f"target {target}: expected all products, not quantised, found {found}")
+        return tune_file(source, file, target.partition(":")[2], dtype, trials, progress)
     choose_threads(threads)
     database = read_database(file) if file.exists() else TuningDatabase()
     device, kernels = model_kernels(source, target, dtype, quant, progress)
@@ -137,8 +145,7 @@ def model_kernels(
 
     device = targets.find(target)
     if not isinstance(device, CPUTarget):
-        instead = "for ascend: python -m v4c.targets.ascend.tune"
-        raise UnsupportedError(f"target {target!r}: expected cpu or cpu:LEVEL ({instead})")
+        raise UnsupportedError(f"target {target!r}: expected cpu or cpu:LEVEL")
     options, storage = PassOptions.checked(()), storage_of(dtype, quant)
     model, _ = graph(open_source(source, weights=False), options, storage, progress)
     if progress:

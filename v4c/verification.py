@@ -17,10 +17,12 @@ import numpy as np
 
 from v4c.errors import CheckpointError, InputError
 from v4c.progress import Progress
+from v4c.targets.cpu.kernels.native_packing import BLOCK_BYTES
 from v4c.targets.cpu.kernels.quant_packing import QUANTISED, dequantised
 
 if TYPE_CHECKING:
     from v4c.frontend.config import ModelConfig
+    from v4c.frontend.estimate import CacheDtype
     from v4c.runtime.model import Model
 
 __all__ = ["RELATIVE_TOLERANCE", "VerifyReport", "verify"]
@@ -30,9 +32,12 @@ RELATIVE_TOLERANCE = 1e-3
 
 It holds for bfloat16 weights too: the reference rounds them likewise, and both sides compute in float32."""
 
-HALF_TOLERANCE = 2e-2
-"""The same for float16 arithmetic, that of the Ascend simulation, of a typical position: rounding to 11 bits makes a
-router or an indexer choose otherwise now and then, and such a position is another computation."""
+HALF_TOLERANCES = {"float16": 2e-2, "bfloat16": 1e-1}
+"""The same for half-precision arithmetic, that of the Ascend simulation, of a typical position: rounding to 11 bits, or
+8, makes a router or an indexer choose otherwise now and then, and such a position is another computation."""
+
+BFLOAT16_TOLERANCE = 8e-2
+"""The same for bfloat16 arithmetic, that of a GPU's tensor cores, which rounds to 8 bits."""
 
 QUANTISED_TOLERANCE = 1.0
 """The same for quantised weights, of a typical position; logits that have nothing to do with each other differ by six.
@@ -40,6 +45,14 @@ QUANTISED_TOLERANCE = 1.0
 The reference has the quantised values and rounds the rows they are multiplied with, as the kernels do. But where the
 last bit of a float32 decides how a row is rounded, the two differ by a whole step, layer after layer, and a router or
 an indexer that was about to choose otherwise then does."""
+
+NATIVE_TOLERANCE = 0.1
+"""The same for FP8 and FP4 weights as the checkpoint has them, of a typical position: only the rows for FP4 experts are
+rounded."""
+
+NARROW_CACHE_TOLERANCES = {"f32": 0.0, "bf16": 5e-3, "fp8": 5e-2}
+"""The same for narrow caches, of a typical position. The reference rounds rows as the caches do, but where the last bit
+of a float32 decides how an element is rounded, the two differ by a whole step of it."""
 
 _FIRST_CHUNKS = ((5, 3, 120, 1), (1, 126, 2, 4))
 """How the two rows of the ragged reading begin: across and exactly onto multiples of 4 and of 128."""
@@ -57,7 +70,7 @@ class VerifyReport:
         tolerance: what `max_abs_diff` may reach, or `typical_diff` if `by_typical`.
         ok: whether it does not exceed it, and every logit is finite.
         positions: token positions compared, over all readings.
-        by_typical: whether `typical_diff` decides: of quantised weights and of float16 arithmetic.
+        by_typical: whether `typical_diff` decides: of quantised weights, narrow caches and half-precision arithmetic.
     """
 
     max_abs_diff: float
@@ -112,8 +125,7 @@ def verify(
     report = progress or (lambda what, done, total: None)
     report("torch reference", 0, 5)
     expected = _reference(weights, model, tokens)
-    quantised, half = model.manifest.dtypes.weights in QUANTISED, model.manifest.dtypes.weights == "float16"
-    relative = QUANTISED_TOLERANCE if quantised else HALF_TOLERANCE if half else RELATIVE_TOLERANCE
+    relative, by_typical = _tolerance(model)
     tolerance = relative * max(1.0, float(expected.std()))
     readings = (
         ("one chunk", _one_chunk(model, tokens)),
@@ -132,9 +144,25 @@ def verify(
             same += int((logits.argmax(axis=-1) == wanted.argmax(axis=-1)).sum())
     report("done", 5, 5)
     worst, typical = max(largest), statistics.median(largest)
-    by_typical = quantised or half
     ok = math.isfinite(worst) and (typical if by_typical else worst) <= tolerance
     return VerifyReport(worst, typical, same / len(largest), tolerance, ok, len(largest), by_typical)
+
+
+def _tolerance(model: Model) -> tuple[float, bool]:
+    """What is allowed in units of the logits' deviation, and whether of a typical position rather than the worst."""
+    weights, kv = model.manifest.dtypes.weights, _kv(model)
+    if weights in QUANTISED:
+        typical = QUANTISED_TOLERANCE
+    elif weights == "native":
+        typical = NATIVE_TOLERANCE
+    elif model.manifest.target.name.startswith("ascend-sim"):  # whose activations are rounded as its weights are
+        typical = HALF_TOLERANCES[weights]
+    elif weights == "bfloat16" and model.target.name.startswith("cuda"):
+        typical = BFLOAT16_TOLERANCE
+    else:
+        typical = 0.0
+    typical = max(typical, NARROW_CACHE_TOLERANCES[kv])
+    return (typical, True) if typical else (RELATIVE_TOLERANCE, False)
 
 
 def open_source(source: Any) -> Any:
@@ -180,6 +208,12 @@ class _AsStored:
         self._source = source
         self._stored = {part: w.dtype for w in model.manifest.weights for part in part_names(w.name)}
         self._bits = QUANTISED.get(model.manifest.dtypes.weights)
+        shapes = {part: w.shape for w in model.manifest.weights for part in part_names(w.name)}
+        self._fp4 = {name for name, shape in shapes.items() if self._native(model) and shape[-1] == BLOCK_BYTES["fp4"]}
+
+    @staticmethod
+    def _native(model: Model) -> bool:
+        return model.manifest.dtypes.weights == "native"
 
     def load(self, name: str, dtype: str | None = None) -> np.ndarray:
         stored = self._stored.get(name)
@@ -192,9 +226,19 @@ class _AsStored:
             return dequantised(self._source.load(name, "f32"), self._bits)
         return self._source.load(name, dtype or "f32")
 
+    def rounds_rows(self, name: str) -> bool:
+        """Whether the rows that a tensor is multiplied with are rounded."""
+        return name in self._fp4 or self.quantised(name)
+
     def quantised(self, name: str) -> bool:
-        """Whether a tensor is stored in 8 or 4 bits."""
+        """Whether a tensor was quantised to 8 or 4 bits."""
         return self._bits is not None and self._stored.get(name) == "uint8"
+
+
+def _kv(model: Model) -> CacheDtype:
+    """Format of the model's caches, where it is a narrow one; the simulation's float16 is no format of ours."""
+    names: dict[str, CacheDtype] = {"bfloat16": "bf16", "fp8": "fp8"}
+    return names.get(model.manifest.dtypes.kv, "f32")
 
 
 def _reference(source: Any, model: Model, tokens: np.ndarray) -> np.ndarray:
@@ -206,8 +250,10 @@ def _reference(source: Any, model: Model, tokens: np.ndarray) -> np.ndarray:
     from .verification_quantised import QuantisedProducts
 
     stored = _AsStored(source, model)
-    reference = V4Model.from_source(stored)
-    with QuantisedProducts([w for name, w in reference.named_parameters() if stored.quantised(checkpoint_name(name))]):
+    reference = V4Model.from_source(stored, _kv(model))
+    with QuantisedProducts(
+        [w for name, w in reference.named_parameters() if stored.rounds_rows(checkpoint_name(name))]
+    ):
         logits = reference.logits(torch.from_numpy(tokens)[None])[0].numpy()
     if not np.isfinite(logits).all():
         position = int(np.flatnonzero(~np.isfinite(logits).all(axis=-1))[0])

@@ -23,7 +23,9 @@ from v4c.passes.relax.layouts import WeightSpec
 from v4c.progress import Progress
 from v4c.runtime import manifest as artifact
 from v4c.runtime.writer import ArtifactWriter
+from v4c.stored_formats import read_native
 from v4c.targets.base import Target
+from v4c.targets.cpu.kernels.native_packing import NATIVE_GROUPS
 
 
 @runtime_checkable
@@ -144,7 +146,12 @@ def pack_weights(
                 continue
             if progress:
                 progress("pack weights", done, total)
-            writer.write_rows(weight.name, device.pack(part.weight, reader.read(weight, part)))
+            taken: Any
+            if weight.dtype in NATIVE_GROUPS:
+                taken = read_native(source, weight, part.tensors, part.start, part.stop)
+            else:
+                taken = reader.read(weight, part)
+            writer.write_rows(weight.name, device.pack(part.weight, taken))
             done += rows * row_bytes
     if progress:
         progress("pack weights", total, total)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from v4c.frontend.config import ModelConfig
+from v4c.frontend.estimate import CacheDtype
 
+from .cache_rounding import rounded_index_row, rounded_row
 from .layers import Linear, RMSNorm, unweighted_rms_norm
 
 Caches = dict[str, Tensor]
@@ -94,6 +96,8 @@ class Attention(nn.Module):
         self.kind = config.attention_types[layer]
         self.heads, self.head_dim, self.groups = config.num_attention_heads, config.head_dim, config.o_groups
         self.eps, self.scale = config.rms_norm_eps, config.head_dim**-0.5
+        self.rope_dims = config.qk_rope_head_dim
+        self.kv: CacheDtype = "f32"  # what a compiled model's caches hold; rows are rounded as they do, in float32
         width = self.heads * self.head_dim
         self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank)
         self.q_a_norm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
@@ -116,6 +120,7 @@ class Attention(nn.Module):
         q = self.q_b_proj(q_residual).unflatten(-1, (self.heads, self.head_dim))
         q = rope(unweighted_rms_norm(q, self.eps), positions, inv_freq)
         kv = rope(self.kv_norm(self.kv_proj(x)).unsqueeze(2), positions, inv_freq).squeeze(2)
+        kv = rounded_row(kv, self.kv, self.rope_dims)
         out, caches = self._attend(x, q, q_residual, kv, positions, lengths, inv_freq, caches)
         out = rope(out, positions, inv_freq, -1.0)
         return self._project(out), caches
@@ -131,11 +136,13 @@ class Attention(nn.Module):
             return out, {**kept, "window": window}
         state = (caches["comp_kv"], caches["comp_gate"], caches["rows"])
         comp_kv, comp_gate, rows = self.compressor.compress(x, inv_freq, state, *where)
+        rows = rounded_row(rows, self.kv, self.rope_dims)
         new = {"comp_kv": comp_kv, "comp_gate": comp_gate, "rows": rows}
         if isinstance(self.compressor, CSACompressor):
             indexer = self.compressor.indexer
             state = (caches["index_kv"], caches["index_gate"], caches["index_rows"])
             index_kv, index_gate, index_rows = indexer.compress(x, inv_freq, state, *where)
+            index_rows = rounded_index_row(index_rows, self.kv)
             chosen = indexer.choose(x, q_residual, index_rows, inv_freq, *where)
             out, window = ops.csa_attention(q, kv, caches["window"], rows, chosen, self.sinks, *where, self.scale)
             new |= {"index_kv": index_kv, "index_gate": index_gate, "index_rows": index_rows}

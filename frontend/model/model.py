@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import v4c.custom_ops  # noqa: F401  registers torch.ops.v4c
 from v4c.errors import CheckpointError
 from v4c.frontend.config import ModelConfig
+from v4c.frontend.estimate import CacheDtype
 from v4c.frontend.rope import inv_freq
 
 from .attention import Attention, Caches
@@ -125,8 +126,12 @@ class V4Model(nn.Module):
         self.register_buffer("engram_lookup", lookup)
 
     @classmethod
-    def from_source(cls, source: WeightSource) -> V4Model:
-        """Build the model on the weights of a checkpoint; raises CheckpointError where one is missing or misshapen."""
+    def from_source(cls, source: WeightSource, kv: CacheDtype = "f32") -> V4Model:
+        """Build the model on the weights of a checkpoint; raises CheckpointError where one is missing or misshapen.
+
+        With a narrow `kv`, rows of keys and values are rounded as caches of that format would keep them, which are
+        float32 here all the same.
+        """
         with torch.device("meta"):
             model = cls(source.config)
         state = {}
@@ -138,6 +143,9 @@ class V4Model(nn.Module):
                 )
             state[name] = torch.from_numpy(np.array(array))
         model.load_state_dict(state, assign=True)
+        for layer in model.layers:
+            assert isinstance(layer, DecoderLayer)
+            layer.self_attn.kv = kv
         for rotation in ("main", "compress"):
             model.register_buffer(
                 f"inv_freq_{rotation}", torch.from_numpy(inv_freq(source.config, rotation)), persistent=False

@@ -36,7 +36,7 @@ class MTPLayer(DecoderLayer):
     def join(self, streams: Tensor, embedding: Tensor) -> Tensor:
         """The layer's input ``[B, S, M, D]`` from the model's streams ``[B, S, M, D]`` of tokens t, taken before the
         head, and the embeddings ``[B, S, D]`` of tokens t + 1."""
-        return self.e_proj(self.enorm(embedding)).unsqueeze(2) + self.h_proj(self.hnorm(streams))
+        return join(self, streams, embedding)
 
     def predict(
         self,
@@ -58,6 +58,26 @@ class MTPLayer(DecoderLayer):
     def collapse(self, streams: Tensor) -> Tensor:
         """``[B, S, M, D]`` -> ``[B, S, D]``, what the model's output projection takes."""
         return self.norm(self.hc_head(streams))
+
+
+class MTPEntry(nn.Module):
+    """What stands before an MTP layer's block, from token ids: a part that is traced by itself."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.embed_tokens = nn.Parameter(torch.empty(config.vocab_size, hidden))
+        self.e_proj, self.h_proj = Linear(hidden, hidden), Linear(hidden, hidden)
+        self.enorm, self.hnorm = RMSNorm(hidden, eps), RMSNorm(hidden, eps)
+
+    def forward(self, streams: Tensor, input_ids: Tensor) -> Tensor:
+        """``[B, S, M, D]`` and the ids ``[B, S]`` of the tokens after them -> ``[B, S, M, D]``."""
+        return join(self, streams, nn.functional.embedding(input_ids, self.embed_tokens))
+
+
+def join(layer: MTPLayer | MTPEntry, streams: Tensor, embedding: Tensor) -> Tensor:
+    """``e_proj(enorm(embedding)) + h_proj(hnorm(stream))`` for each stream: ``[B, S, M, D]``."""
+    return layer.e_proj(layer.enorm(embedding)).unsqueeze(2) + layer.h_proj(layer.hnorm(streams))
 
 
 class MTPModel(nn.Module):

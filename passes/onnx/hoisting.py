@@ -24,10 +24,27 @@ def calls(model: ir.Model, function: ir.Function) -> list[ir.Node]:
     return [n for n in model.graph if (n.domain, n.op_type) == (function.domain, function.name)]
 
 
+STORED = "v4c.stored"
+"""Metadata key of a weight: what the checkpoint stores it as. There only where that is to be kept."""
+
+
+def stored_in_checkpoint(weight: ir.Value) -> str:
+    """What the checkpoint stores a weight as; ``""`` where that makes no difference, or differs between calls."""
+    return weight.metadata_props.get(STORED, "")
+
+
 def type_inputs(model: ir.Model) -> None:
-    """Give the inputs of called functions the shapes and types of what is passed: an ONNX file does not keep them."""
+    """Give the inputs of called functions the shapes and types of what is passed: an ONNX file does not keep them.
+
+    And the formats of weights that are to stay as they are stored, where all calls pass the same.
+    """
     for function in parts(model):
-        for call in calls(model, function):
+        sites = calls(model, function)
+        for index, formal in enumerate(function.inputs):
+            stored = {stored_in_checkpoint(v) for v in (c.inputs[index] for c in sites) if v is not None}
+            if len(stored) == 1 and stored != {""}:
+                formal.metadata_props[STORED] = stored.pop()
+        for call in sites:
             for formal, actual in zip(function.inputs, call.inputs, strict=True):
                 if actual is not None:
                     formal.shape, formal.type = formal.shape or actual.shape, formal.type or actual.type

@@ -10,15 +10,16 @@ import onnx_ir as ir
 
 from v4c.custom_ops import DOMAIN
 
-from .hoisting import hoist, parts
+from .hoisting import hoist, parts, stored_in_checkpoint
 from .rewriting import PassReport
 
 
 class MergeProjections:
     """``MatMul(x, Transpose(w_i))`` for two or more ``w_i [N_i, K]`` -> ``Split(MatMul(x, Transpose(Concat(w_i))))``.
 
-    The weights must be inputs of the function (or of the graph, or initializers), each read by its own product only. In
-    a function, the Concat moves to the calls: there the weights have names, and what is packed is decided.
+    Weights that stay as a checkpoint stores them are joined with those of the same format only. The weights must be
+    inputs of the function (or of the graph, or initializers), each read by its own product only. In a function, the
+    Concat moves to the calls: there the weights have names, and what is packed is decided.
     """
 
     pass_name = "merge-projections"
@@ -37,11 +38,13 @@ class MergeProjections:
 
     def _merge(self, graph: ir.Graph | ir.Function, refusals: list[str]) -> list[ir.Node]:
         """Merge within one graph; the Concats made."""
-        products: dict[ir.Value, list[ir.Node]] = {}
+        products: dict[tuple[ir.Value | None, str], list[ir.Node]] = {}
         for node in graph:
-            if node.domain == "" and node.op_type == "MatMul" and _weight(node) is not None:
-                products.setdefault(node.inputs[0], []).append(node)  # type: ignore[arg-type]
-        return [self._join(graph, x, nodes) for x, nodes in products.items() if self._fits(nodes, refusals)]
+            weight = _weight(node) if node.domain == "" and node.op_type == "MatMul" else None
+            if weight is not None:
+                products.setdefault((node.inputs[0], stored_in_checkpoint(weight)), []).append(node)
+        fitting = [(x, nodes) for (x, _), nodes in products.items() if x is not None and self._fits(nodes, refusals)]
+        return [self._join(graph, x, nodes) for x, nodes in fitting]
 
     def _fits(self, nodes: list[ir.Node], refusals: list[str]) -> bool:
         if len(nodes) < 2:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,10 @@ from tvm import relax, tirx
 from v4c.custom_ops import DOMAIN, OPS, CustomOp, TensorSpec
 from v4c.errors import UnsupportedError
 from v4c.passes.cost import INPUTS_ATTRIBUTE, OP_ATTRIBUTE
+from v4c.passes.onnx.hoisting import stored_in_checkpoint
 
 from .kernels import Kernel, Kernels
-from .layouts import Callee, Layout, Storage, WeightSpec, layout_of, merged_name, uses
+from .layouts import Callee, Layout, Storage, WeightSpec, layout_of, merged_name, native_storage, uses
 from .merges import Merges, find_merges, origin
 from .operators import CONVERTERS
 from .products import rms_norm_linear
@@ -82,6 +83,12 @@ class Importer:
     _callees: dict[tuple[str, str], Callee] = field(default_factory=dict)
     _merges: Merges = field(default_factory=Merges)
     _updated: dict[Any, Any] = field(default_factory=dict)  # state after an op to the variable whose memory it is
+
+    def beside(self, model: ir.Model, weight_names: frozenset[str]) -> Importer:
+        """An importer of another model into the same module, with the same settings; it shares the kernels."""
+        return replace(
+            self, model=model, weight_names=weight_names, _privates={}, _callees={}, _merges=Merges(), _updated={}
+        )
 
     def kernel(self, kernel: Kernel, op: str, inputs: int) -> Any:
         """GlobalVar of a kernel with that many inputs, built when first asked for; `op` is what it computes."""
@@ -156,6 +163,8 @@ class Importer:
         if layout == Layout.LINEAR and not self.pack_weights:
             layout = Layout.ROWS
         dtype = "int64" if str(tensors[0].dtype) == "INT64" else self.storage.of(layout)
+        if dtype == "native":
+            dtype = native_storage(layout, [stored_in_checkpoint(t) for t in tensors])
         shapes = [tuple(int(d) for d in t.shape) for t in tensors]  # type: ignore[union-attr, arg-type]
         if len(tensors) == 1:
             return WeightSpec(names[0], layout, shapes[0], groups, dtype)
@@ -336,7 +345,10 @@ class _Dims:
         return TensorSpec(shape, spec.dtype)
 
 
-_DTYPES = {"FLOAT": "float32", "INT64": "int64", "BFLOAT16": "bfloat16", "FLOAT16": "float16", "BOOL": "bool"}
+_DTYPES = {
+    "FLOAT": "float32", "INT64": "int64", "BFLOAT16": "bfloat16", "FLOAT16": "float16", "BOOL": "bool",
+    "UINT8": "uint8",
+}  # fmt: skip
 
 
 def spec_of(var: Any) -> TensorSpec:

@@ -6,9 +6,10 @@ only gathered from keeps its shape but may be stored in half precision; everythi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 import onnx_ir as ir
 
@@ -40,23 +41,41 @@ TABLE_LAYOUTS = frozenset((Layout.TABLE, Layout.ROWS))
 """Layouts whose rows are read one by one."""
 
 
+CacheFormat = Literal["f32", "bf16", "fp8"]
+
+
 @dataclass(frozen=True)
 class Storage:
     """What weights are stored as; routers, norms, mHC weights, sinks and biases are always float32.
 
     Attributes:
         tables: dtype of tables that rows are taken from: ``float32``, ``bfloat16`` or ``float16``.
-        products: dtype of the matrices of products: one of these, or ``int8`` or ``int4``.
+        products: dtype of the matrices of products: one of these, or ``int8`` or ``int4``. Both may be ``native``: as
+            the checkpoint has them, FP8 and FP4 included.
+        kv: format of the caches: ``f32``, ``bf16`` or ``fp8``.
     """
 
     tables: str = "float32"
     products: str = "float32"
+    kv: CacheFormat = "f32"
 
     def of(self, layout: Layout) -> str:
         """Dtype of a weight of floating point numbers."""
         if layout in PRODUCT_LAYOUTS:
             return self.products
         return self.tables if layout in TABLE_LAYOUTS else "float32"
+
+
+def native_storage(layout: Layout, stored: Collection[str]) -> str:
+    """What a weight is stored as that stays as the checkpoint has it.
+
+    Args:
+        layout: its layout. FP8 and FP4 stay in matrices of products; what else is so stored becomes float32.
+        stored: what its tensors are stored as there; if they differ, it becomes float32.
+    """
+    found = next(iter(stored)) if len(set(stored)) == 1 else "float32"
+    kept = layout in PRODUCT_LAYOUTS and layout != Layout.LINEAR_KN
+    return "float32" if found in ("fp8", "fp4") and not kept else found
 
 
 @dataclass(frozen=True)
@@ -68,7 +87,8 @@ class WeightSpec:
         layout: how it is packed.
         shape: shape before packing.
         groups: number of diagonal blocks (`Layout.GROUPED_LINEAR` only, else 1).
-        dtype: storage dtype: ``float32``, ``bfloat16``, ``float16``, ``int64``, or ``int8`` or ``int4`` with scales.
+        dtype: storage dtype: ``float32``, ``bfloat16``, ``float16``, ``int64``, or ``int8``, ``int4``,
+            ``fp8`` or ``fp4`` with scales.
         parts: of a weight merged from several tensors along axis 0, their names and shapes; otherwise empty.
     """
 

@@ -4,22 +4,21 @@ No device is at hand, so nothing is timed: candidates are ordered by their estim
 first that the compiler takes is kept. What the model cannot tell apart (equal bytes, equal rounds of cores) is decided
 for the default, and so is a gain below a hundredth.
 
-    python -m v4c.targets.ascend.tune --preset v4-nano --device Ascend910B1 -o tiles.json
+    v4c tune --preset v4-nano --target ascend:Ascend910B1 -o tiles.json
     v4c compile --preset v4-nano --target ascend:Ascend910B1 --tuning tiles.json -o nano.v4c
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import click
-
-from v4c.errors import Error
+from v4c.errors import UnsupportedError
 from v4c.progress import Progress
 
 from .cost import Rates, estimate, rates
-from .devices import Device, find_device
+from .devices import Device
 from .emit import BYTES
 from .gates import check
 from .kernels.products import linear
@@ -29,6 +28,9 @@ from .program import DeviceLimits, TileProgram
 from .tile_database import Found, TileDatabase
 from .tiles import ProductTiles, product_tiles
 from .toolchain import find as find_toolchain
+
+if TYPE_CHECKING:
+    from .target import AscendTarget
 
 DECODE_ROWS, PROMPT_ROWS = 1, 512
 """Rows of the launches that are estimated, of products for few rows and for many."""
@@ -90,58 +92,94 @@ def search(product: Product, device: Device, peaks: Rates, trials: int = 8) -> F
 
 
 def tune(
-    products: Iterable[Product], device: Device, peaks: Rates | None = None, trials: int = 8,
-    progress: Progress | None = None,
-) -> TileDatabase:  # fmt: skip
-    """A database of all `products`; arguments as of `search`."""
-    wanted, database = list(products), TileDatabase(device.name, find_toolchain().version)
+    products: Iterable[Product], device: Device, database: TileDatabase, trials: int = 8,
+    save: Callable[[], None] = lambda: None, progress: Progress | None = None,
+) -> None:  # fmt: skip
+    """Add to `database` what `search` finds for those of `products` that it lacks.
+
+    Args:
+        products: what is searched for.
+        device: whose tiles.
+        database: of this device.
+        trials: as of `search`.
+        save: called after every product.
+        progress: called with (what, products done, products).
+    """
+    wanted = list(dict.fromkeys(products))
     for number, product in enumerate(wanted):
         if progress:
             progress("search tiles", number, len(wanted))
-        database.found[product] = search(product, device, peaks or rates(device), trials)
-    return database
+        if product not in database.found:
+            database.found[product] = search(product, device, rates(device), trials)
+            save()
 
 
-def model_products(preset: str, device: Device) -> list[Product]:
-    """The products of a known size, as compiling it asks for them."""
-    from v4c.compiler import graph, lower, settings, storage_of
-    from v4c.frontend.presets import preset as config_of
-    from v4c.passes.pipeline import PassOptions
+def tune_file(
+    source: Any, path: Path, variant: str, dtype: str, trials: int, progress: Progress | None
+) -> dict[str, Any]:
+    """`v4c.tune` for ``ascend:variant``: the tiles of a model's products, in the file `path`.
 
+    Args:
+        source: as of `v4c.tune`.
+        path: created, or added to after every product.
+        variant: the device.
+        dtype: storage of the weight matrices asked for: ``f32`` (half precision on the cube) or ``bf16``.
+        trials: candidates that are compiled at most, per product.
+        progress: called with (what, products done, products).
+
+    Returns:
+        ``database``, ``machine`` (``device`` and ``compiler``) and ``kernels``: a list of ``op``, ``shape``, ``dtype``,
+        ``rows``, ``default_us`` and ``tuned_us`` (estimated microseconds), ``gain``, ``parameters`` (the tiles) and
+        ``refused`` (how many the gates did not pass).
+
+    Raises:
+        v4c.Error: bad input, a database of another device or compiler, or something that is not installed.
+    """
     from .target import AscendTarget
 
-    target = AscendTarget(device)
-    disabled, storage = settings(target, (), storage_of("f32", "none"))
+    target = AscendTarget.parse(variant)
+    device, compiler = target.device, find_toolchain().version
+    database = TileDatabase.read(path) if path.exists() else TileDatabase(device.name, compiler)
+    database.tiles(device)
+    if database.compiler != compiler:
+        raise UnsupportedError(f"{path}: expected tiles that bishengir {compiler} took, found {database.compiler}'s")
+    products = list(dict.fromkeys(model_products(source, target, dtype, progress)))
+    tune(products, device, database, trials, lambda: database.write(path), progress)
+    database.write(path)
+    return {
+        "database": str(path), "machine": {"device": device.name, "compiler": compiler},
+        "kernels": [_row(product, database.found[product]) for product in products],
+    }  # fmt: skip
+
+
+def model_products(source: Any, target: AscendTarget, dtype: str, progress: Progress | None = None) -> list[Product]:
+    """The products of a model, as compiling it asks for them; arguments as of `v4c.tune`."""
+    from v4c.api import open_source
+    from v4c.compiler import graph, lower, settings, storage_of
+    from v4c.passes.pipeline import PassOptions
+
+    disabled, storage = settings(target, (), storage_of(dtype, "none"))
     options = PassOptions.checked(disabled)
-    model, _ = graph(config_of(preset), options, storage, None)
+    model, _ = graph(open_source(source, weights=False), options, storage, progress)
     lower(model, target, storage, options)
     return target.kernels.products
 
 
-@click.command()
-@click.option("--preset", required=True, metavar="NAME", help="A known size; see v4c presets.")
-@click.option("--device", default="", help="As for v4c compile --target ascend:DEVICE.")
-@click.option("--trials", type=click.IntRange(min=1), default=8, show_default=True, help="Candidates compiled each.")
-@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="For the tiles.")
-def main(preset: str, device: str, trials: int, output: Path) -> None:
-    """Search the tiles of a model's products by estimated time, and keep those that the compiler takes."""
-    try:
-        found = find_device(device)
-        find_toolchain()
-        database = tune(model_products(preset, found), found, trials=trials)
-        database.write(output)
-    except Error as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(2) from None
-    for product, one in database.found.items():
-        tiles = f"{one.tiles.m} x {one.tiles.n} x {one.tiles.k}"
-        rows = f"up to {FEW_ROWS} rows" if product.few else "many rows"
-        click.echo(
-            f"{product.groups} x {product.n} x {product.k} {product.dtype}, {rows}: {tiles}, estimated "
-            f"{one.seconds * 1e6:.2f} us, default {one.default_seconds * 1e6:.2f} us, {len(one.refused)} refused"
-        )
-    click.echo(f"wrote {output}", err=True)
+def _row(product: Product, found: Found) -> dict[str, Any]:
+    return {
+        "op": "product",
+        "shape": {"groups": product.groups, "n": product.n, "k": product.k},
+        "dtype": product.dtype,
+        "rows": f"1..{FEW_ROWS}" if product.few else "many",
+        "default_us": found.default_seconds * 1e6,
+        "tuned_us": found.seconds * 1e6,
+        "gain": found.default_seconds / found.seconds,
+        "parameters": vars(found.tiles),
+        "refused": len(found.refused),
+    }
 
 
 if __name__ == "__main__":
-    main()
+    from v4c.cli.tune import main
+
+    main("ascend")

@@ -30,6 +30,7 @@ from .kernels.rope import trailing_rope
 from .kernels.rotary_query_kv import rotary_query_kv
 from .kernels.routers import hash_router, topk_router
 from .kernels.routes import hash_route, topk_route
+from .kernels.row_formats import row_format
 from .kernels.swiglu import swiglu
 from .levels import has_vnni
 from .scheduling import Scheduler
@@ -54,16 +55,37 @@ def _rotary(i: Inputs) -> int:
     return 2 * _size(i, "inv_freq", 0)
 
 
+def _format(i: Inputs, cache: str, width: int) -> str:
+    """Format of a cache's rows of `width` dims."""
+    return row_format(width, _size(i, cache, 2), i[cache].dtype)
+
+
+def _compressed_widths(i: Inputs, prefix: str = "") -> tuple[int, int]:
+    """Widths of a compressor's projections and of its rows."""
+    return _size(i, f"{prefix}kv", 2), _size(i, f"{prefix}norm", 0)
+
+
+def _turned(i: Inputs) -> tuple[int, str]:
+    """Dims of an attention's outputs that are rotated back, and the format of its caches."""
+    return (_rotary(i) if "inv_freq" in i else 0), _format(i, "window", _size(i, "q", 3))
+
+
 def _csa_sizes(i: Inputs, a: Attributes) -> tuple[Any, ...]:
-    return (*_attention_sizes(i), _size(i, "indices", 2), a["scale"])
+    return (*_attention_sizes(i), _size(i, "indices", 2), a["scale"], *_turned(i))
 
 
 def _hca_sizes(i: Inputs, a: Attributes) -> tuple[Any, ...]:
-    return (*_attention_sizes(i), a["ratio"], a["scale"])
+    return (*_attention_sizes(i), a["ratio"], a["scale"], *_turned(i))
+
+
+def _sliding_sizes(i: Inputs, a: Attributes) -> tuple[Any, ...]:
+    return (*_attention_sizes(i), a["scale"], *_turned(i))
 
 
 def _index_sizes(i: Inputs, a: Attributes) -> tuple[Any, ...]:
-    return _size(i, "q", 2), _size(i, "q", 3), a["ratio"], a["top_k"]
+    width = _size(i, "q", 3)
+    rotary = _rotary(i) if "inv_freq" in i else 0
+    return _size(i, "q", 2), width, a["ratio"], a["top_k"], rotary, _format(i, "index_rows", width)
 
 
 def _expert_sizes(i: Inputs, a: Attributes) -> tuple[Any, ...]:
@@ -85,25 +107,24 @@ _CUSTOM: dict[str, Callable[[Inputs, Attributes], Kernel]] = {
         rotary_query_kv, (_size(i, "q", 2), _size(i, "q", 3), _rotary(i), a["q_eps"], a["kv_eps"])
     ),
     "KVCompress": lambda i, a: Kernel(
-        kv_compress, (_size(i, "kv", 2), _size(i, "rows", 2), _rotary(i), a["ratio"], a["eps"])
+        kv_compress,
+        (*_compressed_widths(i), _rotary(i), a["ratio"], a["eps"], _format(i, "rows", _size(i, "norm", 0))),
     ),
     "KVCompressPair": lambda i, a: Kernel(
         kv_compress_pair,
         (
-            _size(i, "kv", 2), _size(i, "rows", 2), _size(i, "index_kv", 2), _size(i, "index_rows", 2), _rotary(i),
-            a["ratio"], a["eps"],
+            *_compressed_widths(i), *_compressed_widths(i, "index_"), _rotary(i), a["ratio"], a["eps"],
+            _format(i, "rows", _size(i, "norm", 0)), _format(i, "index_rows", _size(i, "index_norm", 0)),
         ),
     ),
     "LightningIndex": lambda i, a: Kernel(lightning_index, _index_sizes(i, a)),
-    "RotaryLightningIndex": lambda i, a: Kernel(lightning_index, (*_index_sizes(i, a), _rotary(i))),
+    "RotaryLightningIndex": lambda i, a: Kernel(lightning_index, _index_sizes(i, a)),
     "CompressedSparseAttention": lambda i, a: Kernel(compressed_sparse_attention, _csa_sizes(i, a)),
-    "DerotatedCSA": lambda i, a: Kernel(compressed_sparse_attention, (*_csa_sizes(i, a), _rotary(i))),
+    "DerotatedCSA": lambda i, a: Kernel(compressed_sparse_attention, _csa_sizes(i, a)),
     "HeavilyCompressedAttention": lambda i, a: Kernel(heavily_compressed_attention, _hca_sizes(i, a)),
-    "DerotatedHCA": lambda i, a: Kernel(heavily_compressed_attention, (*_hca_sizes(i, a), _rotary(i))),
-    "SlidingWindowAttention": lambda i, a: Kernel(sliding_window_attention, (*_attention_sizes(i), a["scale"])),
-    "DerotatedSlidingAttention": lambda i, a: Kernel(
-        sliding_window_attention, (*_attention_sizes(i), a["scale"], _rotary(i))
-    ),
+    "DerotatedHCA": lambda i, a: Kernel(heavily_compressed_attention, _hca_sizes(i, a)),
+    "SlidingWindowAttention": lambda i, a: Kernel(sliding_window_attention, _sliding_sizes(i, a)),
+    "DerotatedSlidingAttention": lambda i, a: Kernel(sliding_window_attention, _sliding_sizes(i, a)),
     "MHCPre": lambda i, a: Kernel(mhc_pre, (*_streams(i), a["iterations"], a["hc_eps"], a["norm_eps"])),
     "MHCPreNorm": lambda i, a: Kernel(
         mhc_pre_norm, (*_streams(i), a["iterations"], a["hc_eps"], a["norm_eps"], a["eps"])
@@ -137,10 +158,28 @@ _CUSTOM: dict[str, Callable[[Inputs, Attributes], Kernel]] = {
 _EXPERTS: dict[str, Callable[[Inputs, Attributes], Kernel]] = {
     "GroupedExperts": lambda i, a: Kernel(grouped_experts, _expert_sizes(i, a)),
     "MixtureOfExperts": lambda i, a: Kernel(
-        mixture_of_experts, (*_expert_sizes(i, a), _size(i, "shared_down", 1))
+        mixture_of_experts, (*_expert_sizes(i, a), _size(i, "shared_down", 1), False, i["shared_gate_up"].dtype)
     ),
 }  # fmt: skip
-"""Kernels whose last argument is whether the target has AVX512-VNNI."""
+"""Kernels that differ with AVX512-VNNI."""
+
+_VNNI = {grouped_experts: 6, mixture_of_experts: 7}
+"""Which argument says whether the target has it."""
+
+
+def add_kernel(op: str, choose: Callable[[Inputs, Attributes], Kernel]) -> None:
+    """Have CPU code call a kernel for an operator that v4c has none for.
+
+    Args:
+        op: ONNX name of the operator.
+        choose: the kernel for inputs (specs by name; weights as in the graph) and attributes.
+
+    Raises:
+        UnsupportedError: the operator has a kernel.
+    """
+    if op in _CUSTOM or op in _EXPERTS:
+        raise UnsupportedError(f"operator {op}: expected one without a CPU kernel, found one that has it")
+    _CUSTOM[op] = choose
 
 
 class CPUKernels:
@@ -159,7 +198,10 @@ class CPUKernels:
         named = dict(zip(op.inputs, inputs, strict=True))
         if op.name in _EXPERTS:
             kernel = _EXPERTS[op.name](named, attributes)
-            return self.scheduler.scheduled(Kernel(kernel.factory, (*kernel.arguments, self.vnni)))
+            at = _VNNI[kernel.factory]
+            return self.scheduler.scheduled(
+                Kernel(kernel.factory, (*kernel.arguments[:at], self.vnni, *kernel.arguments[at + 1 :]))
+            )
         if op.name not in _CUSTOM:
             raise UnsupportedError(f"operator {op.name}: no CPU kernel")
         return self.scheduler.scheduled(_CUSTOM[op.name](named, attributes))

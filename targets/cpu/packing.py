@@ -12,6 +12,14 @@ from v4c.custom_ops import TensorSpec
 from v4c.errors import UnsupportedError
 from v4c.passes.relax.layouts import PRODUCT_LAYOUTS, TABLE_LAYOUTS, Layout, WeightSpec
 
+from .kernels.native_packing import (
+    NATIVE_GROUPS,
+    NativeRows,
+    native_pack_gate_up,
+    native_pack_rows,
+    native_packed_gate_up_shape,
+    native_packed_shape,
+)
 from .kernels.packing import PANEL, pack_gate_up, pack_rows, packed_gate_up_shape, packed_shape
 from .kernels.quant_packing import (
     QUANTISED,
@@ -33,6 +41,10 @@ def packed(weight: WeightSpec) -> TensorSpec:
     if weight.dtype in QUANTISED:
         bits = _bits(weight)
         by_rows, gate_up = partial(quant_packed_shape, bits=bits), partial(quant_packed_gate_up_shape, bits=bits)
+        return TensorSpec(_packed_shape(weight, by_rows, gate_up), "uint8")
+    if weight.dtype in NATIVE_GROUPS:
+        by_rows = partial(native_packed_shape, dtype=weight.dtype)
+        gate_up = partial(native_packed_gate_up_shape, dtype=weight.dtype)
         return TensorSpec(_packed_shape(weight, by_rows, gate_up), "uint8")
     return TensorSpec(_packed_shape(weight, packed_shape, packed_gate_up_shape), weight.dtype)
 
@@ -77,13 +89,25 @@ def pack_unit(weight: WeightSpec) -> int | None:
     return 1 if weight.layout in (Layout.PLAIN, *TABLE_LAYOUTS) else None
 
 
-def pack(weight: WeightSpec, array: np.ndarray) -> np.ndarray:
+def _pack_native(weight: WeightSpec, rows: NativeRows) -> np.ndarray:
+    """FP8 or FP4 rows packed."""
+    if weight.layout == Layout.GROUPED_LINEAR:
+        return native_pack_rows(rows.reshaped(weight.groups, weight.shape[0] // weight.groups), weight.dtype)
+    if weight.layout == Layout.GATE_UP:
+        return native_pack_gate_up(rows, weight.dtype)
+    parts = rows.split(weight.sizes) if weight.parts else [rows]
+    return np.concatenate([native_pack_rows(part, weight.dtype) for part in parts])
+
+
+def pack(weight: WeightSpec, array: np.ndarray | NativeRows) -> np.ndarray:
     """A weight in its storage dtype and packed.
 
     Args:
         weight: what it is. Every part of a merged projection starts a panel of its own.
-        array: of shape ``weight.shape`` and any float dtype (or int64).
+        array: of shape ``weight.shape`` and any float dtype (or int64); FP8 and FP4 as codes and scales.
     """
+    if isinstance(array, NativeRows):
+        return _pack_native(weight, array)
     if weight.dtype in QUANTISED:
         bits = _bits(weight)
         return _packed(weight, array, partial(quant_pack_rows, bits=bits), partial(quant_pack_gate_up, bits=bits))

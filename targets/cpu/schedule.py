@@ -112,13 +112,21 @@ class PanelSchedule(Schedule):
 
     def columns(self, rows: int) -> int:
         """Vectors of a panel that are taken at once for a block of `rows` rows: all of them if the sums find room."""
-        return PANEL_VECTORS if rows * PANEL_VECTORS <= self.accumulators else 1
+        sums = rows * (self._chains() if rows == 2 else 1)
+        return PANEL_VECTORS if sums * PANEL_VECTORS <= self.accumulators else 1
 
     def partial_sums(self, rows: int, k: int) -> int:
-        """Partial sums of each output for a block of `rows` rows: as many as help and find room, a divisor of `k`."""
-        room = self.accumulators // (rows * self.columns(rows))
-        wanted = max(1, min(self.chains // rows, room))
-        return min(1 << (wanted.bit_length() - 1), k & -k)
+        """Partial sums of each output for a block of `rows` rows: as many as help and find room, a divisor of `k`.
+
+        Two rows have as many as one, so that both are summed in the same order: a token and a guess of the next one,
+        read together, give the same bits as one after the other (speculative decoding).
+        """
+        return min(self._chains() if rows <= 2 else 1, k & -k)
+
+    def _chains(self) -> int:
+        """Partial sums for a single row: a power of two, for which there is room with all vectors at once."""
+        room = max(1, min(self.chains, self.accumulators // PANEL_VECTORS))
+        return 1 << (room.bit_length() - 1)
 
 
 @dataclass(frozen=True)
@@ -193,7 +201,8 @@ class AttentionSchedule(Schedule):
         column_vectors: times its column vectors; powers of two. Four times four are 16 accumulators for 8 loads.
         shares: parts that the rows of a token are cut into, where tokens are too few to feed the threads; each has one
             set of outputs, which merging reads.
-        enough_tokens: from here on tokens feed the threads.
+        enough_tokens: from here on tokens feed the threads. At least 3: a token and a guess of the next one, read
+            together, are then summed as a token alone is (speculative decoding).
     """
 
     row_tile: int = _knob(13, 2, 4, 6, 8, 13, 15)
@@ -201,7 +210,7 @@ class AttentionSchedule(Schedule):
     head_tile: int = _knob(4, 1, 2, 4, 8)
     column_vectors: int = _knob(4, 1, 2, 4)
     shares: int = _knob(4, 1, 2, 4, 8)
-    enough_tokens: int = _knob(8, 2, 4, 8, 16)
+    enough_tokens: int = _knob(8, 4, 8, 16)
 
     @classmethod
     def by_level(cls, level: str) -> dict[str, int]:
@@ -214,6 +223,8 @@ class AttentionSchedule(Schedule):
     def problem(self) -> str | None:
         if self.row_tile > BUFFER_VECTORS:
             return f"row_tile: expected at most {BUFFER_VECTORS}, found {self.row_tile}"
+        if self.enough_tokens < 3:
+            return f"enough_tokens: expected at least 3, found {self.enough_tokens}"
         for name in ("head_tile", "column_vectors"):
             value = getattr(self, name)
             if value > 8 or value & (value - 1):

@@ -122,7 +122,10 @@ class Tunable:
         """What a search tries, by number; the default's own value is always among it."""
         family = FAMILIES[self.kernel.factory]
         names = family.searched
-        if names is None and self.key.dtype in QUANTISED:  # its sums are integers, which `quant_product` places
+        if names is None and self.key.dtype in (
+            *QUANTISED,
+            "fp4",
+        ):  # its sums are integers, which `quant_product` places
             names = ("row_block", "block_bytes", "rows_per_task")
         own, tried = self.default.parameters, family.schedule.choices()
         return {
@@ -161,7 +164,7 @@ def _key(kernel: Kernel, arguments: Arguments, level: str) -> KernelKey:
     }
     dtype = next((value for value in arguments.values() if isinstance(value, str)), "float32")
     # Only products with quantised weights have code of their own at the level that extends the psABI's.
-    found = level if dtype in QUANTISED else psabi(level)
+    found = level if dtype in (*QUANTISED, "fp4") else psabi(level)
     return KernelKey(kernel.factory.__name__, tuple(sorted(sizes.items())), dtype, found)
 
 

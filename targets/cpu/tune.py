@@ -235,4 +235,4 @@ def _optuna() -> Any:
 if __name__ == "__main__":
     from v4c.cli.tune import main
 
-    main()
+    main("cpu")

@@ -56,8 +56,47 @@ def test_embed_in_app(compiled: tuple[Path, str]) -> None:
     assert printed.count(" -> ") == 3
 
 
-def test_examples_stay_short() -> None:
+@pytest.mark.slow
+def test_long_context(tmp_path: Path) -> None:
+    printed = run_example("long_context.py", cwd=tmp_path)
+    grown, full = (int(part.split(" MiB")[0].split()[-1]) for part in printed.split("memory grew")[1].split(";")[:2])
+    assert grown < full / 4
+    assert printed.count("question") == 2
+    assert printed.splitlines()[-1] == "the restored session gave the same tokens"
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("add_custom_op.py", "largest logit"),
+        ("add_pass.py", "what the clamps change"),
+        pytest.param("add_target.py", "cpu:portable, features []", marks=pytest.mark.slow),
+        pytest.param("tune.py", "grouped_linear", marks=pytest.mark.slow),
+    ],
+)
+def test_extensions_and_tuning(name: str, line: str, tmp_path: Path) -> None:
+    printed = run_example(name, cwd=tmp_path)
+    assert line in printed
+    assert "difference" in printed or "against torch" in printed
+    (artifact,) = tmp_path.glob("*.v4c")
+    assert (artifact / "manifest.json").is_file()
+
+
+TESTED = {
+    "add_custom_op.py",
+    "add_pass.py",
+    "add_target.py",
+    "compile_and_run.py",
+    "embed_in_app.py",
+    "export_onnx.py",
+    "long_context.py",
+    "tune.py",
+}
+
+
+def test_every_example_is_run_and_short() -> None:
     scripts = sorted(EXAMPLES.glob("*.py"))
-    assert [script.name for script in scripts] == ["compile_and_run.py", "embed_in_app.py", "export_onnx.py"]
+    assert {script.name for script in scripts} == TESTED
     for script in scripts:
-        assert len(script.read_text().splitlines()) < 60
+        assert len(script.read_text().splitlines()) < 100
+        assert script.read_text().startswith('"""Promise: ')

@@ -67,7 +67,12 @@ def clear_model(
 
 def choices_are_clear(source: WeightSource, ids: np.ndarray) -> bool:
     """Whether no choice that the model makes on `ids` ``[B, S]`` is within rounding."""
+    return smallest_margin(source, ids) > SAFE_MARGIN
+
+
+def smallest_margin(source: WeightSource, ids: np.ndarray) -> float:
+    """Of all choices that the model makes on `ids` ``[B, S]``: last chosen less next score, by the largest score."""
     model = V4Model.from_source(source)
-    with _Margins() as margins:
+    with _Margins() as margins, torch.no_grad():
         model.logits(torch.from_numpy(ids))
-    return margins.smallest > SAFE_MARGIN
+    return margins.smallest

@@ -21,7 +21,8 @@ from tvm.relax.backend.cpu_generic import pipeline as cpu_pipeline
 from tvm.script import relax as R
 from tvm.script import tirx as T
 
-from v4c.runtime.manifest import CacheSpec, DTypes, Manifest, Rows, Target, WeightSpec
+from v4c.runtime.cache_specs import CacheSpec, Rows
+from v4c.runtime.manifest import DTypes, Manifest, Target, WeightSpec
 from v4c.runtime.writer import ArtifactWriter
 
 VOCAB = 24

@@ -115,7 +115,7 @@ def test_what_is_no_artifact_is_refused(tmp_path: Path) -> None:
             "compiled for a CPU with sse99, avx1024, which this one lacks",
         ),
         ({"target": Target("cpu", "vax")}, ArtifactError, "compiled for vax, this machine is"),
-        ({"target": Target("cuda", "x86_64")}, UnsupportedError, "expected target cpu, .* found cuda"),
+        ({"target": Target("tpu", "x86_64")}, UnsupportedError, "expected target cpu, .* found tpu"),
         ({"tvm_version": "0.1"}, ArtifactError, "compiled with TVM 0.1, .* is installed: recompile"),
     ],
 )

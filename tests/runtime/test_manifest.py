@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from tests.runtime import fake_model
 from v4c.errors import ArtifactError
+from v4c.runtime.cache_specs import CacheSpec, Rows
 from v4c.runtime.dtypes import DTYPES
-from v4c.runtime.manifest import CacheSpec, Manifest, Rows, StoredFile, StoredWeight, WeightSpec, _checksum
+from v4c.runtime.manifest import Manifest, StoredFile, StoredWeight, WeightSpec, _checksum
 
 NAMES = st.text(string.ascii_letters + "._é", min_size=1, max_size=12)
 SIZES = st.integers(1, 1 << 20)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tests.runtime.fake_model import MAX_CONTEXT, RATIO, VOCAB, WINDOW, expected_logits
 from v4c.errors import InputError
 from v4c.runtime import Model
+from v4c.runtime.cache_specs import CacheSpec, Rows
 from v4c.runtime.caches import Caches
-from v4c.runtime.manifest import CacheSpec, Rows
 from v4c.runtime.profile import Argument, Recorder
 
 

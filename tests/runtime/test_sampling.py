@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from v4c.errors import Error, InputError
-from v4c.runtime.sampling import Sampler
+from v4c.runtime.sampling import Sampler, log_probabilities, most_likely
 
 
 def softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
@@ -98,3 +98,36 @@ def test_bad_parameters_are_refused(arguments: dict[str, Any], message: str) -> 
     with pytest.raises(InputError) as caught:
         Sampler(**arguments)
     assert str(caught.value) == message
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    logits=st.lists(st.integers(-3, 3), min_size=2, max_size=10),
+    top_k=st.integers(0, 11),
+    min_p=st.sampled_from([0.0, 0.04, 0.2, 0.6, 1.0]),
+    temperature=st.floats(0.3, 4),
+)
+def test_top_k_and_min_p_keep_what_they_say(logits: list[int], top_k: int, min_p: float, temperature: float) -> None:
+    row = np.array(logits, dtype=np.float32)
+    probabilities = softmax(row.astype(np.float64), temperature)
+    order = sorted(range(len(row)), key=lambda token: (-probabilities[token], token))[: top_k or None]
+    surely = {token for token in order if probabilities[token] > min_p * probabilities.max() * (1 + 1e-9)}
+    perhaps = {token for token in order if probabilities[token] > min_p * probabilities.max() * (1 - 1e-9)}
+    found = set(Sampler(temperature, seed=2, top_k=top_k, min_p=min_p)(np.tile(row, (300, 1))).tolist())
+    assert found <= perhaps
+    assert found >= {token for token in surely if probabilities[token] > 0.15}
+
+
+def test_top_k_counts_before_top_p() -> None:
+    logits = np.log(np.array([[0.4, 0.3, 0.2, 0.1]], dtype=np.float32)).repeat(400, axis=0)
+    # Of the two likeliest, 0.4 / 0.7 = 0.57 is the first one's share: enough for 0.5, too little for 0.6.
+    assert set(Sampler(1.0, top_p=0.5, seed=0, top_k=2)(logits).tolist()) == {0}
+    assert set(Sampler(1.0, top_p=0.6, seed=0, top_k=2)(logits).tolist()) == {0, 1}
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=9), st.integers(0, 12))
+def test_log_probabilities_and_the_likeliest(logits: list[int], count: int) -> None:
+    row = np.array(logits, dtype=np.float32)
+    log_probs = log_probabilities(row)
+    np.testing.assert_allclose(np.exp(log_probs), softmax(row.astype(np.float64), 1.0), rtol=1e-12)
+    assert most_likely(log_probs, count) == sorted(range(len(row)), key=lambda t: (-row[t], t))[:count]

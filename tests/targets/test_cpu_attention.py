@@ -19,6 +19,7 @@ from v4c.targets.cpu.kernels.attention import (
     heavily_compressed_attention,
     sliding_window_attention,
 )
+from v4c.targets.cpu.kernels.attention_steps import tiles
 from v4c.targets.cpu.schedule import AttentionSchedule
 
 RATIO = 4
@@ -126,7 +127,7 @@ def window_at(config: Config, seq: Sequence, at: np.ndarray) -> np.ndarray:
     config=st.sampled_from(CONFIGS),
     batch=st.integers(1, 3),
     around=st.sampled_from([0, RATIO, 8, 70, 288]),
-    chunk=st.integers(1, 20),
+    chunk=st.one_of(st.integers(1, 20), st.integers(60, 150)),
     spread=st.sampled_from([1.0, 30.0]),
     seed=SEEDS,
 )
@@ -159,12 +160,13 @@ def test_chunks_agree_with_one_call(kind: str, config: Config) -> None:
     seq = sequence(config, 1, total, np.random.default_rng())
     empty = np.zeros((1, config.window, config.width), np.float32)
     whole, last = call(kind, config, seq, empty, np.array([0]), np.array([total]), total)
-    for size in (1, RATIO + 1, config.window + 1, AttentionSchedule().enough_tokens + 3):
+    enough = AttentionSchedule().enough_tokens * tiles(config.heads, config.width, AttentionSchedule()).tokens
+    for size in (1, RATIO + 1, config.window + 1, enough + 3):
         window = empty
         for at in range(0, total, size):
             n = min(size, total - at)
             out, window = call(kind, config, seq, window, np.array([at]), np.array([n]), n)
-            if n >= AttentionSchedule().enough_tokens:
+            if n >= enough:
                 np.testing.assert_array_equal(out[0], whole[0, at : at + n])
             else:
                 np.testing.assert_allclose(out[0], whole[0, at : at + n], rtol=1e-5, atol=1e-6)

@@ -33,4 +33,4 @@ def assert_one_line(result: Result, *fragments: str) -> None:
 def shell(arguments: Sequence[str | Path], **options: Any) -> subprocess.CompletedProcess[str]:
     """One call of the command line as a process of its own."""
     command = [str(V4C), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, **options)

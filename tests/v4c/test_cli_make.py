@@ -167,8 +167,8 @@ def test_bad_checkpoints_are_one_line(damage: str, command: str, tiny_checkpoint
         (["--target", "tpu"], ("'tpu'", "cpu")),
         (["--target", "cpu:x86-64-v9"], ("x86-64-v9",)),
         (["--disable-pass", "make_it_faster"], ("make_it_faster",)),
-        (["--quant", "native"], ("native",)),
-        (["--kv", "fp8"], ("fp8",)),
+        (["--target", "ascend", "--quant", "native"], ("native",)),
+        (["--target", "ascend", "--kv", "fp8"], ("fp8",)),
     ],
 )
 def test_compile_refuses_options(

@@ -125,7 +125,7 @@ def test_an_older_processor_level(one_layer: ModelConfig, tmp_path: Path) -> Non
         ({"target": "cpu:z80"}, "target cpu:z80: expected one of x86-64"),
         ({"disable_passes": ["legalize"]}, "pass 'legalize': cannot be disabled"),
         ({"quant": "int3"}, "quant 'int3': expected one of none"),
-        ({"kv": "fp8"}, "kv 'fp8': expected one of f32"),
+        ({"kv": "fp4"}, "kv 'fp4': expected one of f32, bf16, fp8"),
         ({"dtype": "f64"}, "dtype 'f64': expected one of f32, bf16"),
     ],
 )

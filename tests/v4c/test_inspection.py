@@ -227,7 +227,7 @@ def test_artifact(tiny_artifact: Path, tiny_config: ModelConfig, tmp_path: Path)
     assert description["bytes"] == sum(weight.nbytes for weight in read_manifest(tiny_artifact).weights)
     assert description["costs"] == costs(tiny_config)
     assert description["target"]["name"].startswith("cpu")
-    assert (description["tokenizer"], description["has_weights"]) == (True, True)
+    assert (description["tokenizer"], description["has_weights"], description["mtp"]) == (True, True, False)
 
     shutil.copytree(tiny_artifact, tmp_path / "damaged")
     os.truncate(tmp_path / "damaged" / "weights-00001.safetensors", 100)

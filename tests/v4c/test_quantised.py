@@ -99,6 +99,6 @@ def test_only_the_given_weights_take_rounded_rows() -> None:
 
 
 def test_an_unknown_quantisation_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(v4c.UnsupportedError, match=r"quant 'int3': expected one of none, int8, int4"):
+    with pytest.raises(v4c.UnsupportedError, match=r"quant 'int3': expected one of none, int8, int4, native"):
         v4c.compile(tiny_checkpoint, tmp_path / "x", quant="int3")
     assert not (tmp_path / "x").exists()

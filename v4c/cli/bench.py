@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .console import Progress, bytes_text, count_text, new_table, print_json, print_table
-from .options import debug_option, json_option, threads_option
+from .options import debug_option, json_option, threads_option, weights_memory_option
 
 
 @click.command()
@@ -21,6 +21,7 @@ from .options import debug_option, json_option, threads_option
 @click.option(
     "--rounds", type=int, default=25, show_default=True, metavar="N", help="Steps to measure; a fifth as many prompts."
 )
+@weights_memory_option
 @threads_option
 @click.option("--profile", is_flag=True, help="Measure every kernel, sorted by what could still be won.")
 @click.option(
@@ -33,6 +34,7 @@ def bench(
     contexts: tuple[int, ...],
     prompt_tokens: int,
     rounds: int,
+    weights_memory: str | None,
     threads: int | None,
     profile: bool,
     trace: Path | None,
@@ -49,7 +51,7 @@ def bench(
     with Progress() as progress:
         document = v4c.bench(
             artifact, contexts=contexts, prompt_tokens=prompt_tokens, threads=threads, rounds=rounds, profile=profile,
-            trace=trace, progress=progress,
+            trace=trace, weights_memory=weights_memory, progress=progress,
         )  # fmt: skip
     if as_json:
         print_json(document)
@@ -77,6 +79,14 @@ def _summary(kind: str, of: str, measured: list[dict[str, Any]]) -> None:
         )  # fmt: skip
     click.echo(f"\n{kind}")
     print_table(table)
+    for figures in measured:
+        if "experts" in figures:
+            experts = figures["experts"]
+            click.echo(
+                f"{of} {figures[of]}: experts held {experts['hit_rate']:.1%} of {experts['uses']} uses, "
+                f"{bytes_text(experts['bytes_read'])} read per step; weights in memory "
+                f"{bytes_text(experts['resident_bytes'])}"
+            )
 
 
 def _kernels(title: str, profile: dict[str, Any]) -> None:

@@ -103,7 +103,17 @@ def _mlir(description: dict[str, Any]) -> None:
 
 
 def _artifact(description: dict[str, Any]) -> None:
-    keys = ("format_version", "v4c_version", "tvm_version", "target", "dtypes", "build", "has_weights", "tokenizer")
+    keys = (
+        "format_version",
+        "v4c_version",
+        "tvm_version",
+        "target",
+        "dtypes",
+        "build",
+        "has_weights",
+        "tokenizer",
+        "mtp",
+    )
     notes = {key: note for key, note in description["build"].items() if key != "kernels"}  # one entry per kernel
     _pairs("artifact", {key: _text((description | {"build": notes})[key]) for key in keys})
     _pairs("entry points", description["entry_points"])

@@ -28,6 +28,9 @@ from .options import debug_option, model_options, model_source, output_option
     help="Storage of the weight matrices.",
 )
 @click.option("--all-logits", is_flag=True, help="Logits of every token rather than of each row's last.")
+@click.option(
+    "--mtp", is_flag=True, help="Write the multi-token-prediction layer too, as NAME.mtp.onnx beside NAME.onnx."
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be exported, as JSON, and write nothing.")
 @output_option("FILE", "File to write; weights go beside it.")
 @debug_option
@@ -38,6 +41,7 @@ def export(
     format_: str,
     dtype: str,
     all_logits: bool,
+    mtp: bool,
     dry_run: bool,
     output: Path,
 ) -> None:
@@ -57,6 +61,7 @@ def export(
             dtype=dtype,
             weights=not no_weights,
             all_logits=all_logits,
+            mtp=mtp,
             dry_run=dry_run,
             progress=progress,
         )
@@ -73,7 +78,8 @@ def export(
     default="cpu",
     show_default=True,
     metavar="T",
-    help="cpu, or cpu:LEVEL such as cpu:x86-64-v3; ascend, or ascend:DEVICE such as ascend:Ascend950PR_9599.",
+    help="cpu, or cpu:LEVEL such as cpu:x86-64-v3; cuda, or cuda:ARCH such as cuda:sm_90a; ascend, or ascend:DEVICE "
+    "such as ascend:Ascend950PR_9599.",
 )
 @click.option(
     "--dtype",
@@ -95,6 +101,7 @@ def export(
 @click.option("--disable-pass", "disabled", multiple=True, metavar="NAME", help="Leave a pass out; may be repeated.")
 @click.option("--dump-ir", metavar="DIR", type=click.Path(path_type=Path), help="Write the graph after each pass.")
 @click.option("--tuning", metavar="DB", type=click.Path(path_type=Path), help="Schedules that v4c tune found.")
+@click.option("--no-mtp", is_flag=True, help="Leave the multi-token-prediction layer out: no --speculative.")
 @click.option("--strict", is_flag=True, help="Fail where the device refuses a kernel, rather than use the host.")
 @click.option("--dry-run", is_flag=True, help="Print what would be compiled, as JSON, and write nothing.")
 @click.option("--verbose", is_flag=True, help="Print each step on stderr.")
@@ -111,6 +118,7 @@ def compile_command(
     disabled: tuple[str, ...],
     dump_ir: Path | None,
     tuning: Path | None,
+    no_mtp: bool,
     strict: bool,
     dry_run: bool,
     verbose: bool,
@@ -135,6 +143,7 @@ def compile_command(
             disable_passes=disabled,
             dump_ir=dump_ir,
             tuning=tuning,
+            mtp=not no_mtp,
             strict=strict,
             dry_run=dry_run,
             progress=progress,

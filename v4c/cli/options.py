@@ -29,6 +29,11 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 threads_option = click.option("--threads", type=int, metavar="N", help="Threads per kernel (default: every CPU).")
 
 
+weights_memory_option = click.option(
+    "--weights-memory", metavar="SIZE", help="Memory that weights may take, such as 4GiB; experts stay on disk."
+)
+
+
 def output_option(metavar: str, help: str) -> Callable[[Command], Command]:
     """``-o``, required."""
     return click.option("-o", "--output", required=True, metavar=metavar, type=click.Path(path_type=Path), help=help)

@@ -17,7 +17,9 @@ from .options import debug_option, json_option, model_source, output_option, thr
     "-m", "--model", metavar="CHECKPOINT|FILE.onnx", type=click.Path(path_type=Path), help="The model to read."
 )
 @click.option("--preset", metavar="NAME", help="A known size; see v4c presets.")
-@click.option("--target", default="cpu", show_default=True, metavar="T", help="cpu, or cpu:LEVEL.")
+@click.option(
+    "--target", default="cpu", show_default=True, metavar="T", help="cpu, cpu:LEVEL, ascend or ascend:DEVICE."
+)
 @click.option(
     "--dtype", type=click.Choice(["f32", "bf16"]), default="f32", show_default=True,
     help="Storage of the weight matrices.",
@@ -51,16 +53,18 @@ def tune(
     output: Path,
     as_json: bool,
 ) -> None:
-    """Search the fastest schedules of a model's kernels on this machine.
+    """Search the fastest schedules of a model's kernels, on this machine or for a device.
 
     Ctrl-C keeps what was found: the database is written after every candidate. The default of a kernel stays unless it
-    is clearly beaten. Use the database with v4c compile --tuning DB.
+    is clearly beaten. Use the database with v4c compile --tuning DB. Kernels of the CPU are timed; tiles for an Ascend
+    device are chosen by estimate out of those that its compiler takes.
     """
     source = model_source(model, preset)
     import v4c
 
+    timed = target.partition(":")[0] == "cpu"
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load > cores / 2:
+    if timed and load > cores / 2:
         message(f"v4c: warning: load {load:.1f} on {cores} cores: what is found on a busy machine may not be the best")
     with Progress() as progress:
         document = v4c.tune(
@@ -70,8 +74,12 @@ def tune(
     if as_json:
         print_json(document)
         return
-    click.echo("{cpu}, {cores} cores, {threads} threads".format(**document["machine"]))
-    _kernels(document["kernels"])
+    if timed:
+        click.echo("{cpu}, {cores} cores, {threads} threads".format(**document["machine"]))
+        _kernels(document["kernels"])
+    else:
+        click.echo("{device}, estimated, accepted by bishengir {compiler}".format(**document["machine"]))
+        _tiles(document["kernels"])
     message(f"wrote {output}")
 
 
@@ -88,6 +96,18 @@ def _kernels(rows: list[dict[str, Any]]) -> None:
     print_table(table)
 
 
+def _tiles(rows: list[dict[str, Any]]) -> None:
+    numbers = ("default", "tuned", "gain", "refused")
+    table = new_table("kernel", "shape", "dtype", "rows", *numbers, "tiles", numbers=numbers)
+    for row in rows:
+        table.add_row(
+            row["op"], " ".join(f"{k}={_size(v)}" for k, v in row["shape"].items()), row["dtype"], row["rows"],
+            f"{row['default_us']:.3g} us", f"{row['tuned_us']:.3g} us", f"{row['gain']:.2f}x", f"{row['refused']}",
+            " ".join(f"{k}={v}" for k, v in row["parameters"].items()),
+        )  # fmt: skip
+    print_table(table)
+
+
 def _size(size: int | list[int]) -> str:
     return "+".join(map(str, size)) if isinstance(size, list) else str(size)
 
@@ -96,10 +116,10 @@ def _times(times: dict[str, float]) -> str:
     return " / ".join(f"{t:.3g}" for t in times.values()) + " us" if times else "-"
 
 
-def main() -> None:
-    """``v4c tune`` as a program of its own."""
+def main(target: str) -> None:
+    """``v4c tune`` as a program of its own, for `target` unless the arguments name one."""
     import sys
 
     from .root import main as root
 
-    root(args=["tune", *sys.argv[1:]])
+    root(args=["tune", "--target", target, *sys.argv[1:]])

@@ -9,9 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.script import tirx as T
+from tvm.tirx import IntImm, call_intrin
 
 VECTOR = 16
 """Floats in one vector."""
+
+LINE_BYTES = 64
+"""Of a cache line."""
 
 
 def vector_width(width: int) -> int:
@@ -69,3 +73,14 @@ def sum_lanes(lanes: Any, row: Any, width: int) -> None:
             lanes[row, v] = lanes[row, v] + lanes[row, v + 2]
     if width >= 2:
         lanes[row, 0] = lanes[row, 0] + lanes[row, 1]
+
+
+def element_bytes(dtype: str) -> int:
+    """Bytes of an element of a number type such as ``float32`` or ``uint8``."""
+    return int(dtype.lstrip("abcdefghijklmnopqrstuvwxyz")) // 8
+
+
+def prefetch(element: Any) -> Any:
+    """A hint to read the cache line of a buffer's element into L2; wherever it points, it cannot fail."""
+    read, second_level, data = (IntImm("int32", n) for n in (0, 2, 1))
+    return call_intrin("void", "tirx.prefetch", T.address_of(element), read, second_level, data)

@@ -18,6 +18,7 @@ from tvm.tirx import PrimFunc
 
 from .common import exp, sum_lanes, vector_width
 from .rope import fill_angles
+from .row_formats import CacheRows, cache_rows
 
 _LOWEST = -3.0e38  # start of a maximum: below every logit, and finite so that differences are
 
@@ -31,6 +32,8 @@ class Compressor:
     rotary_width: int
     ratio: int
     eps: float
+    stored: CacheRows
+    """Format of the compressed rows."""
 
     @property
     def ring(self) -> int:
@@ -93,6 +96,7 @@ def compress_window(
     total = T.alloc_buffer((c.vectors, c.lanes), "float32")
     pooled = T.alloc_buffer((c.vectors, c.lanes), "float32")
     squares = T.alloc_buffer((1, c.lanes), "float32")
+    row = T.alloc_buffer((T.int64(1), T.int64(c.row_width)), "float32")
     cosines = T.alloc_buffer((T.int64(c.half),), "float32")
     sines = T.alloc_buffer((T.int64(c.half),), "float32")
     begin: T.let = T.max(T.int64(0) - first, T.int64(0))
@@ -153,17 +157,18 @@ def compress_window(
                 pooled[u, v] = pooled[u, v] / total[u, v]
             for v in T.vectorized(c.lanes):
                 squares[0, v] = squares[0, v] + pooled[u, v] * pooled[u, v]
-                rows[i, w, block * T.int64(c.strip) + u * c.lanes + v] = pooled[u, v]
+                row[0, block * T.int64(c.strip) + u * c.lanes + v] = pooled[u, v]
     sum_lanes(squares, 0, c.lanes)
     inverse: T.let = T.float32(1) / T.sqrt(squares[0, 0] / T.float32(c.row_width) + T.float32(c.eps))
     for d in range(T.int64(c.row_width)):
-        rows[i, w, d] = rows[i, w, d] * inverse * norm[d]
+        row[0, d] = row[0, d] * inverse * norm[d]
     fill_angles(inv_freq, w * T.int64(c.ratio), cosines, sines, c.half)
     for d in range(T.int64(c.half)):
-        even: T.let = rows[i, w, T.int64(c.kept) + T.int64(2) * d]
-        odd: T.let = rows[i, w, T.int64(c.kept) + T.int64(2) * d + T.int64(1)]
-        rows[i, w, T.int64(c.kept) + T.int64(2) * d] = even * cosines[d] - odd * sines[d]
-        rows[i, w, T.int64(c.kept) + T.int64(2) * d + T.int64(1)] = odd * cosines[d] + even * sines[d]
+        even: T.let = row[0, T.int64(c.kept) + T.int64(2) * d]
+        odd: T.let = row[0, T.int64(c.kept) + T.int64(2) * d + T.int64(1)]
+        row[0, T.int64(c.kept) + T.int64(2) * d] = even * cosines[d] - odd * sines[d]
+        row[0, T.int64(c.kept) + T.int64(2) * d + T.int64(1)] = odd * cosines[d] + even * sines[d]
+    c.stored.write(rows, i, w, row, T.int64(0))
 
 
 @T.inline
@@ -181,7 +186,9 @@ def write_rings(
                 state_gate[i, (positions[i] + j) % T.int64(c.ring), d] = gate[i, j, d]
 
 
-def kv_compress(width: int, row_width: int, rotary_width: int, ratio: int, eps: float) -> PrimFunc:
+def kv_compress(
+    width: int, row_width: int, rotary_width: int, ratio: int, eps: float, rows: str = "float32"
+) -> PrimFunc:
     """Pool, normalise and rotate the windows that become complete, then write the rings (V4 paper, section 2.3).
 
     With ``width == 2 * row_width`` windows overlap (CSA): row w takes the first half of window w - 1's columns and the
@@ -190,9 +197,10 @@ def kv_compress(width: int, row_width: int, rotary_width: int, ratio: int, eps: 
     Arguments of the PrimFunc, all float32 but the last two: kv, gate ``[B, S, width]``, bias ``[ratio, width]``, norm
     ``[row_width]``, inv_freq ``[rotary_width / 2]``, state_kv, state_gate ``[B, Q, width]`` (in place; slot = position
     mod Q), rows ``[B, N, row_width]`` (in place), positions, lengths ``[B]`` int64. A row of the batch needs
-    ``(position + length) // ratio <= N``.
+    ``(position + length) // ratio <= N``. `rows` names the format of the rows (`row_formats`), which says what stands
+    in their last dimension.
     """
-    c = Compressor(width, row_width, rotary_width, ratio, eps)
+    c = Compressor(width, row_width, rotary_width, ratio, eps, cache_rows(row_width, rows))
 
     @T.prim_func(private=True, s_tir=True)
     def kv_compress(
@@ -218,7 +226,7 @@ def kv_compress(width: int, row_width: int, rotary_width: int, ratio: int, eps: 
         inv_freq = T.match_buffer(inv_freq_, (T.int64(c.half),), "float32")
         state_kv = T.match_buffer(state_kv_, (b, T.int64(c.ring), T.int64(width)), "float32")
         state_gate = T.match_buffer(state_gate_, (b, T.int64(c.ring), T.int64(width)), "float32")
-        rows = T.match_buffer(rows_, (b, n, T.int64(row_width)), "float32")
+        rows = T.match_buffer(rows_, (b, n, T.int64(c.stored.columns)), c.stored.dtype)
         positions = T.match_buffer(positions_, (b,), "int64")
         lengths = T.match_buffer(lengths_, (b,), "int64")
 
@@ -238,16 +246,18 @@ def kv_compress(width: int, row_width: int, rotary_width: int, ratio: int, eps: 
 
 
 def kv_compress_pair(
-    width: int, row_width: int, index_width: int, index_row_width: int, rotary_width: int, ratio: int, eps: float
-) -> PrimFunc:
+    width: int, row_width: int, index_width: int, index_row_width: int, rotary_width: int, ratio: int, eps: float,
+    rows: str = "float32", index_rows: str = "float32",
+) -> PrimFunc:  # fmt: skip
     """Two compressors of the same tokens in one launch: CSA's and its indexer's (V4 paper, section 2.3).
 
     Arguments of the PrimFunc, all float32 but the last two, shapes as in `kv_compress`: kv, gate, bias, norm, state_kv,
     state_gate (in place), rows (in place); the same seven of the indexer, of ``index_width`` and ``index_row_width``
-    and with an N of its own; inv_freq ``[rotary_width / 2]``, positions, lengths ``[B]`` int64.
+    and with an N of its own; inv_freq ``[rotary_width / 2]``, positions, lengths ``[B]`` int64. `rows` and `index_rows`
+    name the formats of the rows (`row_formats`).
     """
-    c = Compressor(width, row_width, rotary_width, ratio, eps)
-    x = Compressor(index_width, index_row_width, rotary_width, ratio, eps)
+    c = Compressor(width, row_width, rotary_width, ratio, eps, cache_rows(row_width, rows))
+    x = Compressor(index_width, index_row_width, rotary_width, ratio, eps, cache_rows(index_row_width, index_rows))
 
     @T.prim_func(private=True, s_tir=True)
     def kv_compress_pair(
@@ -280,14 +290,14 @@ def kv_compress_pair(
         norm = T.match_buffer(norm_, (T.int64(row_width),), "float32")
         state_kv = T.match_buffer(state_kv_, (b, T.int64(c.ring), T.int64(width)), "float32")
         state_gate = T.match_buffer(state_gate_, (b, T.int64(c.ring), T.int64(width)), "float32")
-        rows = T.match_buffer(rows_, (b, n, T.int64(row_width)), "float32")
+        rows = T.match_buffer(rows_, (b, n, T.int64(c.stored.columns)), c.stored.dtype)
         index_kv = T.match_buffer(index_kv_, (b, s, T.int64(index_width)), "float32")
         index_gate = T.match_buffer(index_gate_, (b, s, T.int64(index_width)), "float32")
         index_bias = T.match_buffer(index_bias_, (T.int64(ratio), T.int64(index_width)), "float32")
         index_norm = T.match_buffer(index_norm_, (T.int64(index_row_width),), "float32")
         index_state_kv = T.match_buffer(index_state_kv_, (b, T.int64(x.ring), T.int64(index_width)), "float32")
         index_state_gate = T.match_buffer(index_state_gate_, (b, T.int64(x.ring), T.int64(index_width)), "float32")
-        index_rows = T.match_buffer(index_rows_, (b, index_n, T.int64(index_row_width)), "float32")
+        index_rows = T.match_buffer(index_rows_, (b, index_n, T.int64(x.stored.columns)), x.stored.dtype)
         inv_freq = T.match_buffer(inv_freq_, (T.int64(c.half),), "float32")
         positions = T.match_buffer(positions_, (b,), "int64")
         lengths = T.match_buffer(lengths_, (b,), "int64")

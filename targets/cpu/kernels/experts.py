@@ -40,8 +40,9 @@ def grouped_experts(
         f: width of an expert.
         top_k: experts per token.
         limit: the model's ``swiglu_limit``.
-        weight_dtype: ``float32`` or ``bfloat16`` (widened in registers; sums are float32), or ``int8`` or ``int4``
-            (`quant_packing`; the rows of x and the hidden rows are quantised to 8 bits).
+        weight_dtype: ``float32`` or ``bfloat16`` (widened in registers; sums are float32), ``int8`` or ``int4``
+            (`quant_packing`; the rows of x and the hidden rows are quantised to 8 bits), or ``fp8`` or ``fp4``
+            (`native_packing`; the rows for FP4 are quantised).
         vnni: whether the target has AVX512-VNNI; of no account for float weights.
         schedule: register blocks of the products.
 
@@ -97,20 +98,24 @@ def grouped_experts(
 
 def mixture_of_experts(
     experts: int, d: int, f: int, top_k: int, limit: float, weight_dtype: str, shared_f: int, vnni: bool = False,
-    schedule: ExpertSchedule = DEFAULT,
+    shared_dtype: str | None = None, schedule: ExpertSchedule = DEFAULT,
 ) -> tvm.tirx.PrimFunc:  # fmt: skip
     """`grouped_experts` plus a shared expert of the same kind that every token passes through (V4 paper, section 2.1).
 
     Args:
         experts, d, f, top_k, limit, weight_dtype, vnni, schedule: as for `grouped_experts`.
         shared_f: G, width of the shared expert.
+        shared_dtype: its weight dtype, where it is another.
 
     Returns:
         PrimFunc of x, weights, indices, gate_up and down as in `grouped_experts`, shared_gate_up
-        ``[2 ceil(G / PANEL), panel]`` and shared_down ``[ceil(d / PANEL), panel]``, packed as gate_up and down,
+        ``[2 ceil(G / PANEL), panel]`` and shared_down ``[ceil(d / PANEL), panel]``, packed as gate_up and down are,
         y ``[B, S, d]`` float32.
     """
-    by_d, by_f, by_g = (weight_format(k, weight_dtype, vnni, schedule) for k in (d, f, shared_f))
+    by_d, by_f = (weight_format(k, weight_dtype, vnni, schedule) for k in (d, f))
+    shared_by_d, by_g = (weight_format(k, shared_dtype or weight_dtype, vnni, schedule) for k in (d, shared_f))
+    # Rows that are quantised for one of the two are not as the other wants them, unless both are stored alike.
+    alike = shared_dtype in (None, weight_dtype)
     widest = by_f if f > shared_f else by_g
     f_panels = panels(f)
     g_panels = panels(shared_f)
@@ -136,7 +141,9 @@ def mixture_of_experts(
         indices_bsk = T.match_buffer(indices_, (b, s, T.int64(top_k)), "int64")
         gate_up_e = T.match_buffer(gate_up_, (T.int64(experts), T.int64(2 * f_panels), *by_d.panel_shape), by_d.dtype)
         down_e = T.match_buffer(down_, (T.int64(experts), T.int64(d_panels), *by_f.panel_shape), by_f.dtype)
-        shared_gate_up = T.match_buffer(shared_gate_up_, (T.int64(2 * g_panels), *by_d.panel_shape), by_d.dtype)
+        shared_gate_up = T.match_buffer(
+            shared_gate_up_, (T.int64(2 * g_panels), *shared_by_d.panel_shape), shared_by_d.dtype
+        )
         shared_down = T.match_buffer(shared_down_, (T.int64(d_panels), *by_g.panel_shape), by_g.dtype)
         y_bsd = T.match_buffer(y_, (b, s, T.int64(d)), "float32")
         x = x_bsd.view(b * s, T.int64(d))
@@ -155,14 +162,25 @@ def mixture_of_experts(
         sort_by_expert(indices, weights, b * s, b * s, starts, active, tokens, scales, experts, top_k)
 
         inputs = by_d.inputs(x, b * s)
-        hidden_inputs = widest.inputs(hidden, b * s * (top_k + 1))
         quantise_rows(by_d, x, inputs, b * s, d)
+        if alike:
+            shared_inputs = T.meta_var(inputs)
+            hidden_inputs = widest.inputs(hidden, b * s * (top_k + 1))
+            shared_hidden = T.meta_var(hidden_inputs)
+        else:
+            shared_inputs = shared_by_d.inputs(x, b * s)
+            quantise_rows(shared_by_d, x, shared_inputs, b * s, d)
+            hidden_inputs = by_f.inputs(hidden, b * s * (top_k + 1))
+            shared_hidden = by_g.inputs(hidden, b * s)
         # The panels of both are spread over the tasks evenly: a thread's share of tasks is its share of the work.
         for task in T.parallel(T.int64(tasks)):
             first: T.int64 = task * g_panels // tasks
             for more in range((task + 1) * g_panels // tasks - first):
                 shared: T.int64 = first + more
-                hidden_panel(inputs, shared_gate_up, shared * 2, tokens, hidden, shared, T.int64(0), b * s, by_d, limit)
+                hidden_panel(
+                    shared_inputs, shared_gate_up, shared * 2, tokens, hidden, shared, T.int64(0), b * s, shared_by_d,
+                    limit,
+                )  # fmt: skip
             routed_first: T.int64 = task * f_panels // tasks
             for more in range((task + 1) * f_panels // tasks - routed_first):
                 panel: T.int64 = routed_first + more
@@ -171,15 +189,17 @@ def mixture_of_experts(
         @T.inline
         def quantise_hidden(place):
             if place < b * s:
-                by_g.quantise(hidden, hidden_inputs, place)
+                if by_g.quantised:
+                    by_g.quantise(hidden, shared_hidden, place)
             else:
-                by_f.quantise(hidden, hidden_inputs, place)
+                if by_f.quantised:
+                    by_f.quantise(hidden, hidden_inputs, place)
 
-        if widest.quantised:
+        if by_f.quantised or by_g.quantised:
             each_row(quantise_hidden, starts[experts], max(f, shared_f))
         for panel in T.parallel(T.int64(d_panels)):
             clear_panel(y, b * s, panel, d)
-            output_panel(hidden_inputs, shared_down, panel, tokens, scales, y, panel, T.int64(0), b * s, d, by_g)
+            output_panel(shared_hidden, shared_down, panel, tokens, scales, y, panel, T.int64(0), b * s, d, by_g)
             routed_output(hidden_inputs, down, active, starts, tokens, scales, y, panel, experts, d, by_f)
 
     return mixture_of_experts

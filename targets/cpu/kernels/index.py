@@ -20,6 +20,7 @@ from tvm.tirx import PrimFunc
 from ..schedule import IndexSchedule
 from .common import VECTOR, sum_lanes
 from .rope import fill_angles
+from .row_formats import CacheRows, FP4Rows, cache_rows
 from .selection import LOWEST_KEY, buffer_size, key, prune, push, write_ranked
 
 DEFAULT = IndexSchedule()
@@ -33,12 +34,20 @@ def score_rows(
     width: int,
     packed: Any,
     weights: Any,
+    stored: CacheRows,
     index_rows: Any,
+    lines: Any,
     i: Any,
     first: Any,
     fresh: Any,
 ) -> None:
-    """``fresh[r]`` = key of row ``first + r``, r < tile; its score is the weighted sum over heads of relu(q . k)."""
+    """``fresh[r]`` = key of row ``first + r``, r < tile; its score is the weighted sum over heads of relu(q . k).
+
+    Narrow rows are read into ``lines [tile, width]`` first.
+    """
+    if stored.narrow:
+        for r in T.unroll(tile):
+            stored.read(lines, r, index_rows, i, first + r)
     sums = T.alloc_buffer((tile, VECTOR), "float32", scope="local")
     for r in T.unroll(tile):
         for v in T.vectorized(VECTOR):
@@ -53,9 +62,12 @@ def score_rows(
             for r in T.unroll(tile):
                 for u in T.unroll(vectors):
                     for v in T.vectorized(VECTOR):
-                        dot[r, u, v] = (
-                            dot[r, u, v] + index_rows[i, first + r, d] * packed[group, d, u * T.int64(VECTOR) + v]
-                        )
+                        if stored.narrow:
+                            dot[r, u, v] = dot[r, u, v] + lines[r, d] * packed[group, d, u * T.int64(VECTOR) + v]
+                        else:
+                            dot[r, u, v] = (
+                                dot[r, u, v] + index_rows[i, first + r, d] * packed[group, d, u * T.int64(VECTOR) + v]
+                            )
         for r in T.unroll(tile):
             for u in T.unroll(vectors):
                 for v in T.vectorized(VECTOR):
@@ -77,7 +89,12 @@ class Indexer:
     top_k: int
     rotary_width: int
     """Trailing dims of the queries to rotate; 0 where they come rotated."""
+    stored: CacheRows
     schedule: IndexSchedule
+
+    def place(self, d: Any) -> Any:
+        """Where dim `d` lies in rows as they are read."""
+        return self.stored.place(d) if isinstance(self.stored, FP4Rows) else d
 
     @property
     def vectors(self) -> int:
@@ -121,14 +138,14 @@ def pack_queries(
         if head < T.int64(x.heads):
             head_weights[g, h] = weights[i, j, head]
             for d in range(T.int64(x.width - x.rotary_width)):
-                packed[g, d, h] = q[i, j, head, d]
+                packed[g, x.place(d), h] = q[i, j, head, d]
             if x.rotary_width > 0:
                 for d in range(T.int64(x.rotary_width // 2)):
                     at: T.let = T.int64(x.width - x.rotary_width) + T.int64(2) * d
                     even: T.let = q[i, j, head, at]
                     odd: T.let = q[i, j, head, at + T.int64(1)]
-                    packed[g, at, h] = even * cosines[d] - odd * sines[d]
-                    packed[g, at + T.int64(1), h] = odd * cosines[d] + even * sines[d]
+                    packed[g, x.place(at), h] = even * cosines[d] - odd * sines[d]
+                    packed[g, x.place(at + T.int64(1)), h] = odd * cosines[d] + even * sines[d]
         else:  # fills the last vector and weighs nothing
             head_weights[g, h] = T.float32(0)
             for d in range(T.int64(x.width)):
@@ -176,18 +193,23 @@ def choose_rows(
                     packed = T.alloc_buffer((x.groups, x.width, x.lanes), "float32")
                     head_weights = T.alloc_buffer((x.groups, x.lanes), "float32")
                     fresh = T.alloc_buffer((x.tile,), "int64")
+                    lines = T.alloc_buffer((x.tile if x.stored.narrow else 1, x.width), "float32")
                     pack_queries(x, q, weights, inv_freq, packed, head_weights, i, j, positions[i] + j)
                     full: T.let = (end - begin) // T.int64(x.tile)
                     for step in range(full):
                         first: T.let = begin + step * T.int64(x.tile)
                         score_rows(
-                            x.tile, x.vectors, x.groups, x.width, packed, head_weights, index_rows, i, first, fresh
-                        )
+                            x.tile, x.vectors, x.groups, x.width, packed, head_weights, x.stored, index_rows, lines, i,
+                            first, fresh,
+                        )  # fmt: skip
                         for r in range(T.int64(x.tile)):
                             push(x.top_k, keys, count, threshold, fresh[r])
                     for rest in range((end - begin) % T.int64(x.tile)):
                         last: T.let = begin + full * T.int64(x.tile) + rest
-                        score_rows(1, x.vectors, x.groups, x.width, packed, head_weights, index_rows, i, last, fresh)
+                        score_rows(
+                            1, x.vectors, x.groups, x.width, packed, head_weights, x.stored, index_rows, lines, i, last,
+                            fresh,
+                        )  # fmt: skip
                         push(x.top_k, keys, count, threshold, fresh[0])
                 prune(x.top_k, keys, count, threshold)
                 range_counts[item] = count
@@ -205,8 +227,9 @@ def choose_rows(
 
 
 def lightning_index(
-    heads: int, width: int, ratio: int, top_k: int, rotary_width: int = 0, schedule: IndexSchedule = DEFAULT
-) -> PrimFunc:
+    heads: int, width: int, ratio: int, top_k: int, rotary_width: int = 0, rows: str = "float32",
+    schedule: IndexSchedule = DEFAULT,
+) -> PrimFunc:  # fmt: skip
     """The `top_k` best finished rows per token by ``sum_h w_h * relu(q_h . k)`` (V4 paper, section 2.3).
 
     The paper's positive factor ``width**-0.5 * heads**-0.5`` is left out: it changes no order.
@@ -216,9 +239,10 @@ def lightning_index(
     ``[B, S, top_k]`` int64. With a `rotary_width`, that many trailing dims of q are rotated by the token's position
     first. The token at position t sees rows ``w < (t + 1) // ratio``, of which there must be fewer than 2^32; only
     those are read. Rows are in descending order of score, ties to the smaller row, then -1; a padding token gets -1
-    throughout.
+    throughout. `rows` names the format of the index rows (`row_formats`), which says what stands in their last
+    dimension.
     """
-    x = Indexer(heads, width, ratio, top_k, rotary_width, schedule)
+    x = Indexer(heads, width, ratio, top_k, rotary_width, cache_rows(width, rows), schedule)
 
     if rotary_width == 0:
 
@@ -237,7 +261,7 @@ def lightning_index(
             n = T.int64()
             q = T.match_buffer(q_, (b, s, T.int64(heads), T.int64(width)), "float32")
             weights = T.match_buffer(weights_, (b, s, T.int64(heads)), "float32")
-            index_rows = T.match_buffer(index_rows_, (b, n, T.int64(width)), "float32")
+            index_rows = T.match_buffer(index_rows_, (b, n, T.int64(x.stored.columns)), x.stored.dtype)
             positions = T.match_buffer(positions_, (b,), "int64")
             lengths = T.match_buffer(lengths_, (b,), "int64")
             out = T.match_buffer(out_, (b, s, T.int64(top_k)), "int64")
@@ -261,7 +285,7 @@ def lightning_index(
         n = T.int64()
         q = T.match_buffer(q_, (b, s, T.int64(heads), T.int64(width)), "float32")
         weights = T.match_buffer(weights_, (b, s, T.int64(heads)), "float32")
-        index_rows = T.match_buffer(index_rows_, (b, n, T.int64(width)), "float32")
+        index_rows = T.match_buffer(index_rows_, (b, n, T.int64(x.stored.columns)), x.stored.dtype)
         positions = T.match_buffer(positions_, (b,), "int64")
         lengths = T.match_buffer(lengths_, (b,), "int64")
         inv_freq = T.match_buffer(inv_freq_, (T.int64(rotary_width // 2),), "float32")

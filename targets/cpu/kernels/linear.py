@@ -23,7 +23,7 @@ from .common import VECTOR
 from .packing import PANEL, panels
 from .panel_product import VECTORS, row_blocks
 from .rms_norm import row_norm
-from .weight_formats import FloatFormat, QuantFormat, each_row, quantise_rows, weight_format
+from .weight_formats import FloatFormat, StoredFormat, each_row, quantise_rows, weight_format
 
 
 def linear(
@@ -51,8 +51,9 @@ def merged_linear(
     Args:
         sizes: outputs of each part; any positive numbers.
         k: inputs.
-        weight_dtype: ``float32`` or ``bfloat16`` (widened in registers; sums are float32), or ``int8`` or ``int4``
-            (`quant_packing`; rows are quantised to 8 bits).
+        weight_dtype: ``float32`` or ``bfloat16`` (widened in registers; sums are float32), ``int8`` or ``int4``
+            (`quant_packing`; rows are quantised to 8 bits), ``fp8`` (`native_packing`; widened in registers) or
+            ``fp4`` (`native_packing`; rows are quantised to 8 bits).
         norm_eps: if given, ``x / sqrt(mean(x**2) + norm_eps) * norm`` takes the place of ``x``.
         vnni: whether the target has AVX512-VNNI; of no account for float weights.
         schedule: how the work is cut; by default as with AVX-512.
@@ -114,7 +115,7 @@ def merged_linear(
 
 def projection(
     sizes: Sequence[int], k: int, schedule: ProductSchedule, groups: int = 1,
-    stored: FloatFormat | QuantFormat | None = None,
+    stored: StoredFormat | None = None,
 ) -> Callable:  # fmt: skip
     """A macro ``project(x, weight, y, rows)``: the loops of a projection into parts, in `groups` independent blocks.
 
@@ -126,7 +127,7 @@ def projection(
     ends = list(accumulate(panels(n) for n in sizes))
     count = ends[-1]
     total = groups * count
-    steps_per_block = schedule.block_bytes // stored.step_bytes
+    steps_per_block = max(1, schedule.block_bytes // stored.step_bytes)
     rows_per_task = schedule.rows_per_task
 
     def part_of(panel, body):

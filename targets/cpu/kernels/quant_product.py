@@ -5,7 +5,8 @@ group are exact 32-bit integers, sums over groups float32::
 
     y = sum over groups of weight_scale * row_scale * sum over the group of (stored - OFFSET) * code
 
-`stored` is unsigned, as ``vpdpbusd`` wants it, so the integer sum starts at ``-OFFSET * sum(code)`` of the group, which
+FP4 weights are twice their value, which is an integer, times half their scale. `stored` is unsigned, as ``vpdpbusd``
+wants it, so the integer sum starts at ``-OFFSET * sum(code)`` of the group, which
 is worked out when the row is quantised. Without that instruction the same integers are summed in plain arithmetic.
 """
 
@@ -19,8 +20,10 @@ from typing import Any, NamedTuple
 from tvm.script import tirx as T
 
 from .common import VECTOR, sum_lanes
+from .native_packing import BLOCK_BYTES as NATIVE_BLOCK_BYTES
+from .native_packing import SCALE_BYTES as NATIVE_SCALE_BYTES
 from .packing import PANEL
-from .quant_packing import GROUP, SCALE_BYTES, block_bytes, groups
+from .quant_packing import GROUP, OFFSET, QUANTISED, SCALE_BYTES, block_bytes, groups
 
 VECTORS = PANEL // VECTOR
 """Vectors of sums per row of a panel."""
@@ -42,6 +45,36 @@ to reach the next page by itself. Measured on 4096 x 4096: twice as fast for 8 r
 _ROUND = 12582912.0
 """1.5 * 2**23: added to a float32 of up to 2**22, it leaves the nearest integer (ties to even) in the low bits."""
 _ROUND_BITS = 0x4B400000
+
+
+class StoredBlocks(NamedTuple):
+    """What a block of 32 inputs of a panel holds.
+
+    Attributes:
+        dtype: ``int8``, ``int4`` or ``fp4``.
+        nibbles: whether two codes share a byte.
+        offset: what is added to a weight, in units of its scale, to make it unsigned.
+        scale_bytes: what stands before the codes.
+        nbytes: of the whole block.
+    """
+
+    dtype: str
+    nibbles: bool
+    offset: int
+    scale_bytes: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, dtype: str) -> StoredBlocks:
+        """By the name of the storage dtype."""
+        if dtype == "fp4":
+            return cls(dtype, True, max(_DOUBLED_E2M1), NATIVE_SCALE_BYTES[dtype], NATIVE_BLOCK_BYTES[dtype])
+        bits = QUANTISED[dtype]
+        return cls(dtype, bits == 4, OFFSET[bits], SCALE_BYTES, block_bytes(bits))
+
+
+_DOUBLED_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+"""Twice the value of every E2M1 code: integers, so that sums over a group are exact."""
 
 
 class QuantisedRows(NamedTuple):
@@ -146,18 +179,44 @@ def _lanes(value: int) -> Any:
     return T.Broadcast(T.int32(value), VECTOR)
 
 
-def _weights(weight: Any, panel: Any, g: Any, step: int, c: int, bits: int) -> Any:
-    """Four stored weights of each output of vector `c`, as int32x16."""
-    if bits == 8:
-        at = SCALE_BYTES + (step * VECTORS + c) * 4 * VECTOR
+def _weights(weight: Any, panel: Any, g: Any, step: int, c: int, stored: StoredBlocks, vnni: bool) -> Any:
+    """Four weights of each output of vector `c`, unsigned, as int32x16."""
+    if not stored.nibbles:
+        at = stored.scale_bytes + (step * VECTORS + c) * 4 * VECTOR
         return T.reinterpret("int32x16", weight[panel, g, T.Ramp(at, 1, 4 * VECTOR)])
-    at = SCALE_BYTES + step * 4 * VECTOR
+    at = stored.scale_bytes + step * 4 * VECTOR
     both = T.reinterpret("int32x16", weight[panel, g, T.Ramp(at, 1, 4 * VECTOR)])
-    return T.bitwise_and(T.shift_right(both, _lanes(4 * c)), _lanes(0x0F0F0F0F))
+    codes = T.bitwise_and(T.shift_right(both, _lanes(4 * c)), _lanes(0x0F0F0F0F))
+    return _unsigned_e2m1(codes, stored.offset, vnni) if stored.dtype == "fp4" else codes
 
 
-def _scales(weight: Any, panel: Any, g: Any, c: int, vnni: bool) -> Any:
-    """The scales of vector `c`, as float32x16."""
+def _unsigned_e2m1(codes: Any, offset: int, vnni: bool) -> Any:
+    """``offset + `` twice the value of the E2M1 code in every byte of an int32x16."""
+    if vnni:
+        table = [v + offset for v in _DOUBLED_E2M1]
+        words = [int.from_bytes(bytes(table[i : i + 4]), "little") for i in (0, 4, 8, 12)] * 4
+        lookup = T.Shuffle([T.int32(w) for w in words], list(range(VECTOR)))
+        found = T.call_llvm_pure_intrin(
+            "int8x64", "llvm.x86.avx512.pshuf.b.512", T.reinterpret("int8x64", lookup), T.reinterpret("int8x64", codes)
+        )
+        return T.reinterpret("int32x16", found)
+
+    def bit(n: int) -> Any:
+        return T.bitwise_and(T.shift_right(codes, _lanes(n)), _lanes(0x01010101))
+
+    # Magnitudes 0-4 are their own codes; above, the low two bits count once more, and twice more where both are set.
+    low = T.bitwise_and(codes, bit(2) * _lanes(3))
+    both = T.bitwise_and(T.bitwise_and(bit(2), bit(1)), bit(0))
+    magnitude = T.bitwise_and(codes, _lanes(0x07070707)) + low + both * _lanes(2)
+    negative = T.bitwise_and(magnitude, bit(3) * _lanes(0xFF))
+    return _lanes(offset * 0x01010101) + magnitude - negative * _lanes(2)
+
+
+def _scales(weight: Any, panel: Any, g: Any, c: int, form: StoredBlocks, vnni: bool) -> Any:
+    """What the sums of vector `c` are multiplied with, as float32x16."""
+    if form.dtype == "fp4":
+        exponents = T.cast(weight[panel, g, T.Ramp(VECTOR * c, 1, VECTOR)], "int32x16")
+        return T.reinterpret("float32x16", T.shift_left(exponents, _lanes(23))) * T.Broadcast(T.float32(0.5), VECTOR)
     stored = weight[panel, g, T.Ramp(2 * VECTOR * c, 1, 2 * VECTOR)]
     if vnni:
         return T.cast(T.reinterpret("float16x16", stored), "float32x16")
@@ -169,12 +228,12 @@ def _scales(weight: Any, panel: Any, g: Any, c: int, vnni: bool) -> Any:
 
 
 @T.macro
-def _fetch(weight, panel, g, bits):
+def _fetch(weight, panel, g, stored):
     """Ask for the group `AHEAD_BYTES` after group `g`; behind the panel's last comes the next panel."""
     at: T.int64 = T.min(
-        panel * weight.shape[1] + g + AHEAD_BYTES // block_bytes(bits), weight.shape[0] * weight.shape[1] - 1
+        panel * weight.shape[1] + g + AHEAD_BYTES // stored.nbytes, weight.shape[0] * weight.shape[1] - 1
     )
-    for line in T.unroll(block_bytes(bits) // LINE):
+    for line in T.unroll(-(-stored.nbytes // LINE)):
         # For reading (0), to be kept in all caches (3), data (1); the index counts groups from the first panel on.
         T.evaluate(T.call_intrin("void", "tirx.prefetch", T.address_of(weight[0, at, line * LINE]), 0, 3, 1))
 
@@ -185,16 +244,16 @@ def _dots(rows: int) -> list[Any]:
 
 
 @T.macro
-def quant_panel_product(sums, x, row_at, weight, panel, start, stop, rows, cold, bits, vnni):
+def quant_panel_product(sums, x, row_at, weight, panel, start, stop, rows, cold, stored, vnni):
     """``sums[r, :] =`` the sum over the groups from `start` to `stop` of row ``row_at[r]`` times panel `panel`.
 
     Args:
         sums: local ``[rows * VECTORS, VECTOR]`` float32; vector c of row r ends up at ``r * VECTORS + c``.
         x: `QuantisedRows`.
         row_at: local ``[rows]`` int64, rows of `x`.
-        weight: ``[panels, groups, block]`` uint8 from `quant_pack_rows`.
+        weight: ``[panels, groups, block]`` uint8 from `quant_pack_rows` or, of FP4, `native_pack_rows`.
         cold: whether the panel is still in memory, and in no cache.
-        rows, bits, vnni: static.
+        rows, stored, vnni: static; `stored` says what a block holds.
     """
     for a in T.unroll(rows * VECTORS):
         for v in T.vectorized(VECTOR):
@@ -209,7 +268,7 @@ def quant_panel_product(sums, x, row_at, weight, panel, start, stop, rows, cold,
     def multiply(c, r, g, step):
         dots[c][r, T.Ramp(0, 1, VECTOR)] = _sum_of_products(
             dots[c][r, T.Ramp(0, 1, VECTOR)],
-            _weights(weight, panel, g, step, c, bits),
+            _weights(weight, panel, g, step, c, stored, vnni),
             T.reinterpret("int32", x.codes[row_at[r], T.Ramp(g * GROUP + step * INPUTS, 1, INPUTS)]),
             vnni,
         )
@@ -218,13 +277,13 @@ def quant_panel_product(sums, x, row_at, weight, panel, start, stop, rows, cold,
     def end(c, r, g):
         sums[r * VECTORS + c, T.Ramp(0, 1, VECTOR)] = sums[r * VECTORS + c, T.Ramp(0, 1, VECTOR)] + T.cast(
             dots[c][r, T.Ramp(0, 1, VECTOR)], "float32x16"
-        ) * (_scales(weight, panel, g, c, vnni) * T.Broadcast(x.scales[row_at[r], g], VECTOR))
+        ) * (_scales(weight, panel, g, c, stored, vnni) * T.Broadcast(x.scales[row_at[r], g], VECTOR))
 
     @T.inline
     def reduce(fetch):
         for g in range(start, stop):
             if fetch:
-                _fetch(weight, panel, g, bits)
+                _fetch(weight, panel, g, stored)
             for r in T.unroll(rows):
                 begin(0, r, g)
                 begin(1, r, g)
@@ -243,7 +302,7 @@ def quant_panel_product(sums, x, row_at, weight, panel, start, stop, rows, cold,
                 end(1, r, g)
 
     # Two loops: the mere question in one of them keeps LLVM from holding all sums of 8 rows in registers.
-    if rows > 1 or bits == 4:
+    if rows > 1 or stored.nibbles:
         if cold:
             reduce(True)
         else:

@@ -9,15 +9,18 @@ a step is one input of float weights and one group of quantised ones.
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Any
 
 from tvm.script import tirx as T
 
 from ..schedule import PanelSchedule
+from .fp8_product import fp8_panel_product
+from .native_packing import BLOCK_BYTES, NATIVE_GROUPS
 from .packing import PANEL
 from .panel_product import panel_product
-from .quant_packing import OFFSET, QUANTISED, block_bytes, groups
-from .quant_product import QuantisedRows, quant_panel_product, quantise_row, quantised_rows
+from .quant_packing import QUANTISED, groups
+from .quant_product import QuantisedRows, StoredBlocks, quant_panel_product, quantise_row, quantised_rows
 
 SERIAL_INPUTS = 1 << 14
 """Rows of together up to this many elements are prepared by one thread: starting the others would take longer."""
@@ -57,8 +60,33 @@ class FloatFormat:
         return x
 
 
+class FP8Format:
+    """Published FP8 weights of `k` inputs, widened in registers; rows are read as they are. Attributes as above."""
+
+    quantised = False
+
+    def __init__(self, k: int, schedule: PanelSchedule) -> None:
+        steps, nbytes = -(-k // NATIVE_GROUPS["fp8"]), BLOCK_BYTES["fp8"]
+        self.dtype = "uint8"
+        self.panel_shape = (T.int64(steps), T.int64(nbytes))
+        self.steps, self.step_bytes, self.row_block = steps, nbytes, schedule.row_block
+
+        @T.macro
+        def multiply(sums, x, row_at, weight, panel, start, stop, rows, cold):
+            fp8_panel_product(
+                sums, x, row_at, weight, panel, start, stop, rows, schedule.columns(rows),
+                schedule.partial_sums(rows, gcd(k, NATIVE_GROUPS["fp8"])), k,
+            )  # fmt: skip
+
+        self.multiply = multiply
+
+    def inputs(self, x: Any, rows: Any) -> Any:
+        """What `multiply` reads `rows` rows from: here `x` itself."""
+        return x
+
+
 class QuantFormat:
-    """Weights of `k` inputs as `quant_packing` has them; rows are quantised before they are multiplied.
+    """Weights of `k` inputs as `quant_packing` or, of FP4, `native_packing` has them; rows are quantised first.
 
     Attributes:
         dtype, panel_shape, steps, step_bytes, row_block, multiply: as of `FloatFormat`; the x of `multiply` is
@@ -68,19 +96,20 @@ class QuantFormat:
 
     quantised = True
 
-    def __init__(self, k: int, bits: int, vnni: bool, schedule: PanelSchedule) -> None:
+    def __init__(self, k: int, dtype: str, vnni: bool, schedule: PanelSchedule) -> None:
+        stored = StoredBlocks.of(dtype)
         self.k = k
         self.dtype = "uint8"
-        self.panel_shape = (T.int64(groups(k)), T.int64(block_bytes(bits)))
-        self.steps, self.step_bytes, self.row_block = groups(k), block_bytes(bits), schedule.row_block
+        self.panel_shape = (T.int64(groups(k)), T.int64(stored.nbytes))
+        self.steps, self.step_bytes, self.row_block = groups(k), stored.nbytes, schedule.row_block
 
         @T.macro
         def multiply(sums, x, row_at, weight, panel, start, stop, rows, cold):
-            quant_panel_product(sums, x, row_at, weight, panel, start, stop, rows, cold, bits, vnni)
+            quant_panel_product(sums, x, row_at, weight, panel, start, stop, rows, cold, stored, vnni)
 
         @T.macro
         def quantise(x, quantised, row):
-            quantise_row(x, quantised, row, k, OFFSET[bits])
+            quantise_row(x, quantised, row, k, stored.offset)
 
         self.multiply, self.quantise = multiply, quantise
 
@@ -112,6 +141,11 @@ def quantise_rows(stored, x, inputs, rows, k):
         each_row(quantise, rows, k)
 
 
-def weight_format(k: int, dtype: str, vnni: bool, schedule: PanelSchedule) -> FloatFormat | QuantFormat:
-    """The format of weights with `k` inputs that are stored as `dtype`: float32, bfloat16, int8 or int4."""
-    return QuantFormat(k, QUANTISED[dtype], vnni, schedule) if dtype in QUANTISED else FloatFormat(k, dtype, schedule)
+StoredFormat = FloatFormat | FP8Format | QuantFormat
+
+
+def weight_format(k: int, dtype: str, vnni: bool, schedule: PanelSchedule) -> StoredFormat:
+    """The format of weights with `k` inputs that are stored as `dtype`: float32, bfloat16, fp8, fp4, int8 or int4."""
+    if dtype == "fp8":
+        return FP8Format(k, schedule)
+    return QuantFormat(k, dtype, vnni, schedule) if dtype in (*QUANTISED, "fp4") else FloatFormat(k, dtype, schedule)

@@ -10,8 +10,9 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.targets.ascend.requirements import needs_compiler
-from v4c.errors import OutputError, UnsupportedError
+from tests.targets.ascend.requirements import needs_compiler, needs_mlir
+from v4c.cli.tune import tune as tune_command
+from v4c.errors import Error, OutputError, UnsupportedError
 from v4c.targets.ascend import tune
 from v4c.targets.ascend.cost import Figure, rates
 from v4c.targets.ascend.devices import DEVICES
@@ -22,6 +23,7 @@ from v4c.targets.ascend.tiles import ProductTiles, product_tiles
 
 DEVICE = DEVICES["Ascend910B1"]
 WIDE = Product(4096, 1024, "float16", 1, True)
+NARROW = Product(64, 4096, "float16", 1, False)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -63,7 +65,7 @@ def slow_memory():
 
 def test_the_first_that_the_compiler_takes(monkeypatch):
     tried = judged(monkeypatch, lambda count: count < 3)
-    product = Product(64, 4096, "float16", 1, False)
+    product = NARROW
     found = tune.search(product, DEVICE, slow_memory())
     default = product_tiles(DEVICE.limits, 64, 4096, "float16")
     assert len(tried) == 3
@@ -74,7 +76,7 @@ def test_the_first_that_the_compiler_takes(monkeypatch):
 
 def test_the_default_stays_where_all_better_ones_are_refused(monkeypatch):
     judged(monkeypatch, lambda count: True)
-    product = Product(64, 4096, "float16", 1, False)
+    product = NARROW
     found = tune.search(product, DEVICE, slow_memory(), trials=4)
     assert found.tiles == product_tiles(DEVICE.limits, 64, 4096, "float16")
     assert (found.seconds, len(found.refused)) == (found.default_seconds, 4)
@@ -127,13 +129,55 @@ def test_the_file(tmp_path):
         TileDatabase.read(path)
 
 
+def command(*arguments):
+    return CliRunner().invoke(tune_command, ["--preset", "v4-nano", "--trials", "2", *map(str, arguments)])
+
+
 @needs_compiler
+@needs_mlir
 def test_the_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(tune, "model_products", lambda preset, device: [WIDE])
-    result = CliRunner().invoke(tune.main, ["--preset", "v4-nano", "--trials", "2", "-o", str(tmp_path / "t.json")])
+    """Every product is searched once: a second call, and one after Ctrl-C, take what the file has."""
+    monkeypatch.setattr(tune, "model_products", lambda *arguments: [WIDE, NARROW, WIDE])
+    searched, path = [], tmp_path / "t.json"
+
+    def search(product, *arguments):
+        if len(searched) == 1:
+            searched.append(None)
+            raise KeyboardInterrupt
+        searched.append(product)
+        return Found(ProductTiles(16, 64, 256), 1e-6, 2e-6)
+
+    monkeypatch.setattr(tune, "search", search)
+    assert command("--target", "ascend:Ascend910B1", "-o", path).exit_code != 0
+    assert list(TileDatabase.read(path).found) == [WIDE]
+    result = command("--target", "ascend:Ascend910B1", "-o", path, "--json")
     assert result.exit_code == 0, result.output
-    assert "1 x 4096 x 1024 float16, up to 16 rows: " in result.output
-    assert WIDE in TileDatabase.read(tmp_path / "t.json").found
-    result = CliRunner().invoke(tune.main, ["--preset", "v4-nano", "--device", "910X", "-o", str(tmp_path / "t.json")])
-    assert result.exit_code == 2
-    assert "device '910X'" in result.output
+    assert searched == [WIDE, None, NARROW]
+    document = json.loads(result.stdout)
+    assert document["machine"]["device"] == "Ascend910B1"
+    assert [row["shape"]["n"] for row in document["kernels"]] == [WIDE.n, NARROW.n]
+    assert document["kernels"][0]["gain"] == pytest.approx(2)
+    result = command("--target", "ascend:Ascend910B1", "-o", path)
+    assert "groups=1 n=4096 k=1024" in result.stdout.replace("\n", " ")
+    assert len(searched) == 3
+
+
+@needs_compiler
+@needs_mlir
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--target", "ascend:910X"), "device '910X'"),
+        (("--target", "ascend", "--quant", "int8"), "not quantised, found quant int8"),
+        (("--target", "ascend", "--op", "linear"), "expected all products, not quantised, found op linear"),
+        (("--target", "ascend:Ascend950PR_9599"), "expected tiles for Ascend950PR_9599, found those of Ascend910B1"),
+    ],
+)
+def test_bad_input(tmp_path, arguments, message):
+    path = tmp_path / "t.json"
+    TileDatabase("Ascend910B1", "1.2.0").write(path)
+    before = path.read_bytes()
+    result = command(*arguments, "-o", path)
+    assert isinstance(result.exception, Error)
+    assert message in str(result.exception)
+    assert path.read_bytes() == before

@@ -1,0 +1,162 @@
+"""CUDA kernels of a published size on this machine's GPU, against what the chip can do and against torch: one table.
+
+Run ``python -m benchmarks.gpu`` where there is a GPU and nvcc; ``--size v4-pro`` for the larger one. Times are CUDA
+events, medians, over random inputs that do not stay in the cache. Bandwidth is that of a copy on the device, arithmetic
+that of a large bfloat16 product of torch; both are measured here, and missing ("-") without a torch for CUDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from v4c.errors import Error
+from v4c.frontend.presets import preset
+from v4c.passes.relax.kernels import Kernel
+from v4c.runtime import cuda_library
+from v4c.targets.cuda.kernels import attention, experts, index, mhc, products
+from v4c.targets.cuda.measure import Bench
+from v4c.targets.cuda.schedule import AttentionSchedule, ExpertSchedule, IndexSchedule, MHCSchedule, ProductSchedule
+from v4c.targets.cuda.target import CUDATarget
+
+GOALS = {"decode": "at least 70 % of bandwidth", "prefill": "at least 50 % of bf16", "csa": "at least 5x torch"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table: bytes and operations a call cannot do without, and torch's way where there is one."""
+
+    name: str
+    kernel: Kernel
+    sizes: dict[str, int]
+    nbytes: float
+    operations: float
+    goal: str = ""
+    torch: Callable[[], Callable[[], Any]] | None = None
+
+
+def cases(size: str, context: int) -> list[Case]:
+    """Kernels of a known size, decoding one token and reading 512, with `context` tokens behind them."""
+    c = preset(size)
+    d, f, heads, width, top_k = c.hidden_size, c.moe_intermediate_size, c.num_attention_heads, c.head_dim, c.index_topk
+    rows = context // 4
+    product, attend = ProductSchedule(), AttentionSchedule()
+    found = []
+    for n, k in ((c.q_lora_rank, d), (heads * width, c.q_lora_rank), (d, d)):
+        linear = Kernel(products.merged_linear, ((n,), k, "bfloat16", None, product))
+        for m in (1, 4, 512):
+            goal = GOALS["decode"] if m == 1 else GOALS["prefill"] if m == 512 and n == k else ""
+            moved = 2 * n * k + 4 * m * (n + k)
+            found.append(Case(f"product {m} x {n} x {k}", linear, {"m": m}, moved, 2 * m * n * k, goal))
+    moe = Kernel(
+        experts.mixture_of_experts,
+        (c.n_routed_experts, d, f, c.num_experts_per_tok, 10.0, "bfloat16", f, ExpertSchedule()),
+    )
+    for tokens in (1, 512):
+        used = min(c.n_routed_experts, tokens * c.num_experts_per_tok) + 1
+        work = 6 * tokens * (c.num_experts_per_tok + 1) * d * f
+        found.append(Case(f"experts, {tokens} tokens", moe, {"b": 1, "s": tokens}, used * 6 * d * f, work))
+    for name, top, n, ratio in (("CSA", top_k, rows, 4), ("HCA", -1, context // 128, 128)):
+        if top > 0:
+            kernel = Kernel(attention.compressed_sparse_attention, (heads, width, 128, top, width**-0.5, 64, attend))
+        else:
+            kernel = Kernel(attention.heavily_compressed_attention, (heads, width, 128, ratio, width**-0.5, 64, attend))
+        for tokens in (1, 512):
+            keys = 128 + (min(top, n) if top > 0 else n)
+            work = 4 * tokens * heads * keys * width
+            peer = (lambda keys=keys, n=n: _torch_attention(heads, width, keys, n)) if top > 0 and tokens == 1 else None
+            found.append(Case(
+                f"{name} attention, {tokens} tokens, {context} behind", kernel,
+                {"b": 1, "s": tokens, "n": n, "ratio": ratio}, 4 * (keys + 2 * tokens * heads) * width, work,
+                GOALS["csa"] if peer else "", peer,
+            ))  # fmt: skip
+    found.append(Case(
+        f"indexer, 1 token, {context} behind",
+        Kernel(index.lightning_index, (c.index_n_heads, c.index_head_dim, 4, top_k, 64, IndexSchedule())),
+        {"b": 1, "s": 1, "n": rows}, 4 * rows * c.index_head_dim, 2 * rows * c.index_n_heads * c.index_head_dim,
+    ))  # fmt: skip
+    step = Kernel(mhc.mhc_post_pre_norm, (4, d, 20, 1e-6, 1e-6, 1e-6, MHCSchedule()))
+    for tokens in (1, 512):
+        moved = 4 * (24 * 4 * d + tokens * 10 * d)
+        found.append(Case(f"mHC step, {tokens} tokens", step, {"b": 1, "s": tokens}, moved, 2 * tokens * 28 * 4 * d))
+    return found
+
+
+def _torch() -> Any:
+    """torch where it has CUDA, else None."""
+    import torch
+
+    return torch if torch.cuda.is_available() else None
+
+
+def _torch_attention(heads: int, width: int, keys: int, rows: int) -> Callable[[], Any]:
+    """Gather of the chosen rows, then scaled dot product attention over all keys."""
+    torch = _torch()
+    q = torch.randn(1, heads, 1, width, device="cuda")
+    window, held = torch.randn(128, width, device="cuda"), torch.randn(rows, width, device="cuda")
+    chosen = torch.randperm(rows, device="cuda")[: keys - 128]
+
+    def call() -> Any:
+        every = torch.cat([window, held[chosen]])[None, None].expand(1, heads, -1, -1)
+        return torch.nn.functional.scaled_dot_product_attention(q, every, every)
+
+    return call
+
+
+def ceilings(bench: Bench) -> tuple[float | None, float | None]:
+    """Bytes and bfloat16 operations per second of the chip, as torch gets them."""
+    torch = _torch()
+    if torch is None:
+        return None, None
+    with torch.cuda.stream(torch.cuda.ExternalStream(bench.stream.handle.value)):
+        source = torch.randn(1 << 28, device="cuda")
+        target = torch.empty_like(source)
+        copy = bench.milliseconds([lambda: target.copy_(source)])
+        a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in "ab")
+        product = bench.milliseconds([lambda: torch.matmul(a, b)])
+    return 2 * source.nbytes / copy * 1e3, 2 * 8192**3 / product * 1e3
+
+
+@click.command(help=__doc__)
+@click.option("--size", default="v4-flash", show_default=True)
+@click.option("--context", default=131072, show_default=True)
+@click.option("--only", default="", help="lines whose name holds this")
+def main(size: str, context: int, only: str) -> None:
+    try:
+        device = cuda_library.find_device()
+        bench = Bench(CUDATarget.parse("").architecture)
+    except Error as error:
+        raise click.ClickException(str(error)) from None
+    from rich.console import Console
+    from rich.table import Table
+
+    bandwidth, rate = ceilings(bench)
+    table = Table(title=f"{size}, {device.name}, {device.processors} processors")
+    for heading in ("kernel", "us", "GB/s", "of copy", "TFLOP/s", "of bf16", "torch us", "times", "goal"):
+        table.add_column(heading)
+    for case in cases(size, context):
+        if only not in case.name:
+            continue
+        ms = bench.milliseconds(bench.calls(case.kernel, case.sizes))
+        torch_ms = None
+        if case.torch is not None and (torch := _torch()) is not None:
+            with torch.cuda.stream(torch.cuda.ExternalStream(bench.stream.handle.value)):
+                torch_ms = bench.milliseconds([case.torch()])
+        moved, done = case.nbytes / ms * 1e3, case.operations / ms * 1e3
+        table.add_row(
+            case.name, f"{ms * 1e3:.1f}", f"{moved / 1e9:.0f}", _share(moved, bandwidth), f"{done / 1e12:.1f}",
+            _share(done, rate), "-" if torch_ms is None else f"{torch_ms * 1e3:.1f}",
+            "-" if torch_ms is None else f"{torch_ms / ms:.1f}x", case.goal,
+        )  # fmt: skip
+    Console().print(table)
+
+
+def _share(value: float, of: float | None) -> str:
+    return "-" if of is None else f"{value / of:.0%}"
+
+
+if __name__ == "__main__":
+    main()

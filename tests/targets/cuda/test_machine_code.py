@@ -1,0 +1,142 @@
+"""Every kernel as machine code, without a GPU: it compiles for each architecture, matrix kernels use tensor cores, and
+none takes more of a processor than is stated here."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from v4c.targets.cuda import architectures, toolchain
+from v4c.targets.cuda.kernels import attention, compress, engram, experts, index, mhc, products, routing, rows
+from v4c.targets.cuda.machine_code import ASYNC_COPY, MATRIX_LOAD, TENSOR_CORE, compile_cubin, opcodes
+from v4c.targets.cuda.schedule import (
+    AttentionSchedule,
+    ExpertSchedule,
+    IndexSchedule,
+    MHCSchedule,
+    ProductSchedule,
+)
+from v4c.targets.cuda.target import CUDATarget
+
+pytestmark = pytest.mark.skipif(
+    toolchain.nvcc() is None, reason="no nvcc: CUDA_HOME, PATH and /usr/local/cuda have none"
+)
+
+PRODUCT, ATTENTION = ProductSchedule(), AttentionSchedule()
+MATRIX = {
+    "linear": (products.merged_linear, ((1024, 512), 4096, "bfloat16", None, PRODUCT)),
+    "norm_linear": (products.merged_linear, ((4096,), 1024, "bfloat16", 1e-6, PRODUCT)),
+    "grouped": (products.grouped_linear, (8, 1024, 4096, "bfloat16", PRODUCT)),
+    "moe": (experts.mixture_of_experts, (256, 4096, 2048, 6, 10.0, "bfloat16", 2048, ExpertSchedule())),
+}
+OTHERS = {
+    "linear_f32": (products.merged_linear, ((512,), 4096, "float32", None, PRODUCT)),
+    "experts_f32": (experts.grouped_experts, (16, 128, 64, 4, 10.0, "float32", ExpertSchedule())),
+    "csa": (attention.compressed_sparse_attention, (64, 512, 128, 512, 0.044, 64, ATTENTION)),
+    "hca": (attention.heavily_compressed_attention, (64, 512, 128, 128, 0.044, 64, ATTENTION)),
+    "sliding": (attention.sliding_window_attention, (64, 512, 128, 0.044, 0, ATTENTION)),
+    "index_512": (index.lightning_index, (64, 128, 4, 512, 64, IndexSchedule())),
+    "index_1024": (index.lightning_index, (64, 128, 4, 1024, 0, IndexSchedule())),
+    "compress_pair": (compress.kv_compress_pair, (1024, 512, 256, 128, 64, 4, 1e-6)),
+    "compress": (compress.kv_compress, (512, 512, 64, 128, 1e-6)),
+    "mhc_pre": (mhc.mhc_pre, (4, 4096, 20, 1e-6, 1e-6, MHCSchedule())),
+    "mhc_pre_norm": (mhc.mhc_pre_norm, (4, 4096, 20, 1e-6, 1e-6, 1e-6, MHCSchedule())),
+    "mhc_post_pre_norm": (mhc.mhc_post_pre_norm, (4, 7168, 20, 1e-6, 1e-6, 1e-6, MHCSchedule())),
+    "mhc_post": (mhc.mhc_post, (4, 4096)),
+    "mhc_head": (mhc.mhc_head, (4, 4096, 1e-6, 1e-6, MHCSchedule())),
+    "rms_norm": (rows.rms_norm, (4096, 1e-6, True)),
+    "add": (rows.add, (4096,)),
+    "swiglu": (rows.swiglu, (2048, 10.0)),
+    "rope": (rows.trailing_rope, (64, 512, 64, 1.0)),
+    "rotary_query_kv": (rows.rotary_query_kv, (64, 512, 64, 1e-6, 1e-6)),
+    "topk_route": (routing.topk_route, (384, 6, 1.5)),
+    "topk_router": (routing.topk_router, (256, 4096, 6, 1.5, "float32", PRODUCT)),
+    "hash_route": (routing.hash_route, (256, 6, 1.5)),
+    "hash_router": (routing.hash_router, (256, 4096, 6, 1.5)),
+    "engram_hash": (engram.engram_hash, (3, 16, 2)),
+    "engram_lookup": (engram.engram_lookup, (16, 64, "bfloat16")),
+    "engram_gate_conv": (engram.engram_gate_conv, (4, 4096, 4, 3, 1e-6)),
+}
+
+REGISTERS = {"csa": 255, "hca": 255, "sliding": 255}
+"""Limits of kernels that hold much on purpose; 128 for all others, so that two blocks of 256 threads fit."""
+STACK_BYTES = 64  # sine and cosine of large angles, and nothing else
+SPILLED_BYTES = 16
+
+
+@cache
+def source(*names: str) -> str:
+    """TVM's CUDA source of kernels of `MATRIX` and `OTHERS`."""
+    import tvm
+
+    every: dict[str, Any] = {**MATRIX, **OTHERS}
+    functions = {}
+    for name in names:
+        factory, arguments = every[name]
+        functions[name] = factory(*arguments).with_attr("global_symbol", name)
+    target = CUDATarget(architectures.find("sm_90a")).tvm_target()
+    device = {"target": target, "functions": tvm.IRModule(functions)}
+    written = tvm.compile(device["functions"], target=device["target"])
+    module = next(m for m in written.mod._collect_from_import_tree(lambda m: True) if m.kind == "cuda")
+    return module.inspect_source()
+
+
+@cache
+def compiled(architecture: str, *names: str) -> tuple[Any, Any]:
+    """Opcodes and resources by kernel."""
+    compiler = toolchain.nvcc()
+    assert compiler is not None
+    cubin, log = compile_cubin(compiler, source(*names), architectures.find(architecture))
+    return opcodes(cubin), dict(toolchain.resources(log))
+
+
+def of(name: str, kernels: dict[str, Any]) -> dict[str, Any]:
+    """The kernels that PrimFunc `name` launches."""
+    return {k: v for k, v in kernels.items() if k.startswith(f"{name}_kernel")}
+
+
+@pytest.mark.parametrize(
+    "architecture", ["sm_90a", *(pytest.param(a, marks=pytest.mark.slow) for a in ("sm_80", "sm_100a"))]
+)
+def test_matrix_kernels_use_tensor_cores(architecture: str) -> None:
+    found, taken = compiled(architecture, "linear", "moe")
+    for name, least in (("linear", 2), ("moe", 4)):
+        matrix = {k: v for k, v in of(name, found).items() if v[TENSOR_CORE]}
+        assert len(matrix) == least, sorted(matrix)
+        for kernel, used in matrix.items():
+            assert used[MATRIX_LOAD], kernel
+            assert used[ASYNC_COPY], kernel
+    check_resources(taken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", list(architectures.ARCHITECTURES))
+def test_every_kernel_compiles(architecture: str) -> None:
+    names = (*MATRIX, *OTHERS)
+    found, taken = compiled(architecture, *names)
+    for name in names:
+        assert of(name, found), name
+    for name in OTHERS:
+        assert not any(v[TENSOR_CORE] for v in of(name, found).values()), f"{name}: float32 is not to be rounded"
+    check_resources(taken)
+
+
+def check_resources(taken: dict[str, Any]) -> None:
+    assert taken
+    for kernel, resources in taken.items():
+        limit = REGISTERS.get(kernel.partition("_kernel")[0], 128)
+        assert resources.registers <= limit, f"{kernel}: {resources}"
+        assert resources.spilled <= SPILLED_BYTES, f"{kernel}: {resources}"
+        assert resources.stack <= STACK_BYTES, f"{kernel}: {resources}"
+        assert resources.shared <= 48 << 10, f"{kernel}: {resources}"
+
+
+def test_every_factory_is_compiled_here() -> None:
+    from v4c.targets.cuda import lowering
+
+    factories = {
+        f for f in vars(lowering).values() if getattr(f, "__module__", "").startswith("v4c.targets.cuda.kernels.")
+    }
+    assert {factory for factory, _ in (*MATRIX.values(), *OTHERS.values())} == {f for f in factories if callable(f)}

@@ -1,0 +1,110 @@
+"""Target ``cuda`` as a user meets it on a machine without a GPU: what compiles, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from v4c.errors import UnsupportedError
+from v4c.runtime import cuda, cuda_library
+from v4c.targets import find
+from v4c.targets.cuda import toolchain
+
+needs_nvcc = pytest.mark.skipif(
+    toolchain.nvcc() is None, reason="no nvcc: CUDA_HOME, PATH and /usr/local/cuda have none"
+)
+V4C = Path(sys.executable).with_name("v4c")
+
+
+def test_unknown_architecture() -> None:
+    with pytest.raises(UnsupportedError, match=r"target cuda:sm_75: expected one of sm_80, sm_90a, sm_100a"):
+        find("cuda:sm_75")
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_quantised_weights_are_refused(quant: str, tmp_path: Path) -> None:
+    command = [V4C, "compile", "--preset", "v4-nano", "--target", "cuda:sm_90a", "--quant", quant, "-o", tmp_path / "x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"for target cuda, found {quant}" in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cuda") / "tiny.v4c"
+    command = [V4C, "compile", "-m", tiny_checkpoint, "--target", "cuda:sm_90a", "--dtype", "bf16", "-o", path]
+    subprocess.run(command, check=True)
+    return path
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_an_artifact_holds_machine_code_and_ptx(artifact: Path) -> None:
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    assert manifest["target"]["name"] == "cuda:sm_90a"
+    assert manifest["build"]["cuda"]["compiler"].startswith("nvcc ")
+    assert manifest["build"]["cuda"]["kernels"] > 50
+    library = next(artifact.glob("*.so")).read_bytes()
+    assert b"\x50\xed\x55\xba" in library  # a fat binary
+    assert b"__global__" not in library  # and no source
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_loading_without_a_driver(artifact: Path) -> None:
+    try:
+        cuda_library.find_device()
+    except UnsupportedError:
+        pass
+    else:
+        pytest.skip("this machine has a GPU")
+    done = subprocess.run([V4C, "run", artifact, "--tokens", "1,2"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "target cuda: expected" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("capability", "fits"), [("80", False), ("89", False), ("90", True), ("100", True), ("120", True)]
+)
+def test_chips_that_are_too_old(capability: str, fits: bool) -> None:
+    script = (
+        "from v4c.targets.cuda.simulator.build import load_driver; load_driver()\n"
+        "from v4c.runtime.cuda import check_device; check_device('cuda:sm_90a')"
+    )
+    environment = {**os.environ, "V4C_SIM_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    found = f"{capability[:-1]}.{capability[-1]} (simulated GPU)"
+    assert (done.returncode == 0) == fits
+    assert fits or f"expected a GPU of compute capability 9.0 or newer, found {found}" in done.stderr
+
+
+def test_a_driver_without_a_gpu() -> None:
+    script = (
+        "from v4c.targets.cuda.simulator.build import load_driver; load_driver()\n"
+        "from v4c.runtime.cuda_library import find_device; find_device()"
+    )
+    environment = {**os.environ, "V4C_SIM_DEVICES": "0"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert "target cuda: expected an NVIDIA GPU that the driver can use, found CUDA error 100" in done.stderr
+
+
+def test_a_target_this_runtime_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_library, "find_device", lambda: cuda_library.Device("x", (9, 0), 1))
+    with pytest.raises(UnsupportedError, match="expected cuda:sm_ and a number"):
+        cuda.check_device("cuda:gfx90a")
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from v4c.targets.cuda.architectures import find as architecture
+
+    monkeypatch.setattr(toolchain, "nvcc", lambda: None)
+    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UnsupportedError, match=r"expected nvcc .* or NVRTC .*, found neither"):
+        toolchain.compile_source("", architecture("sm_80"))
