@@ -51,6 +51,8 @@ WAYS = (
     Way("CPU, bfloat16", "compile", {"dtype": "bf16"}, 0.005),
     Way("CPU, int8", "compile", {"dtype": "bf16", "quant": "int8"}, 0.01),
     Way("CPU, int4", "compile", {"dtype": "bf16", "quant": "int4"}, 0.05),
+    Way("CPU, float32, caches in bfloat16", "compile", {"dtype": "f32", "kv": "bf16"}, 0.005),
+    Way("CPU, int8, caches in FP8", "compile", {"dtype": "bf16", "quant": "int8", "kv": "fp8"}, 0.01),
     Way("torch, float32, first tokens", "torch", part=True),
     Way("Ascend910B1, simulated, float16, first tokens", "compile", {"target": "ascend"}, 0.01, part=True),
 )

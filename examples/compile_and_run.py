@@ -1,7 +1,7 @@
 """Promise: compile once, then read a prompt, decode, and branch a session without reading the prompt again.
 
-`python examples/compile_and_run.py [FOLDER]` compiles v4-nano with random weights into FOLDER, unless it is there
-already, and checks that every way to the same tokens gives the same logits.
+`python examples/compile_and_run.py [FOLDER]` compiles the trained model of examples/train_nano into FOLDER, unless
+it is there already, lets it go on with this file, and checks that every way to the same tokens gives the same logits.
 """
 
 import sys
@@ -11,12 +11,14 @@ import numpy as np
 
 import v4c
 
-folder = Path(sys.argv[1] if len(sys.argv) > 1 else "v4-nano.v4c")
+CHECKPOINT = Path(__file__).parent / "train_nano" / "checkpoint"
+
+folder = Path(sys.argv[1] if len(sys.argv) > 1 else "nano.v4c")
 if not folder.exists():
-    v4c.compile(v4c.preset("v4-nano"), folder, target="cpu")
+    v4c.compile(CHECKPOINT, folder, target="cpu")
 model = v4c.load(folder)
 
-prompt = np.random.default_rng(0).integers(0, model.vocab_size, (1, 300))
+prompt = model.tokenizer.encode(Path(__file__).read_text())[None, :300]
 with model.new_session(batch=1, max_context=512) as session:
     logits = session.prefill(prompt)  # float32 [1, vocab], of the last token
     likeliest, second = np.argsort(-logits[0])[:2]
@@ -33,4 +35,4 @@ with model.new_session(batch=1, max_context=512) as session:
         print(f"token {token}: largest difference from reading everything again: {difference:.1e}")
         assert difference < 1e-4
 
-print("generated", list(model.generate(prompt, max_new_tokens=8)))
+print("generated", repr(model.tokenizer.decode(list(model.generate(prompt, max_new_tokens=24)))))

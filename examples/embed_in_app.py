@@ -10,26 +10,27 @@ import numpy as np
 
 import v4c
 
-REQUESTS = ([5, 8, 13], [8, 9, 10, 11, 12], [13])
+REQUESTS = ("Return the", "If the file is not", "The otter likes plum. The otter likes")
 NEW_TOKENS = 8
 
 model = v4c.load(sys.argv[1])
-lengths = np.array([len(request) for request in REQUESTS])
-prompts = np.zeros((len(REQUESTS), lengths.max()), dtype=np.int64)
-for row, request in enumerate(REQUESTS):
+requests = [model.tokenizer.encode(request) for request in REQUESTS]
+lengths = np.array([len(request) for request in requests])
+prompts = np.zeros((len(requests), lengths.max()), dtype=np.int64)
+for row, request in enumerate(requests):
     prompts[row, : len(request)] = request  # padded on the right with anything
 
-with model.new_session(batch=len(REQUESTS), max_context=256) as session:
+with model.new_session(batch=len(requests), max_context=256) as session:
     logits = session.prefill(prompts, lengths=lengths)
     answers = [logits.argmax(axis=-1)]
     while len(answers) < NEW_TOKENS:
         logits = session.decode(answers[-1])  # rows stand at different positions
         answers.append(logits.argmax(axis=-1))
 
-for row, request in enumerate(REQUESTS):
+for row, request in enumerate(requests):
     answer = [int(tokens[row]) for tokens in answers]
     alone = list(model.generate(request, max_new_tokens=NEW_TOKENS, eos=False))
-    print(request, "->", answer)
+    print(REQUESTS[row], "->", repr(model.tokenizer.decode(answer)))
     assert answer == alone  # a row does not see its neighbours
 
 loaded = {"torch", "tvm", "onnx", "onnxscript"} & sys.modules.keys()

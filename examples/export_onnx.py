@@ -1,7 +1,7 @@
 """Promise: the exported file is a whole model, which ONNX Runtime continues token by token without v4c.
 
-`python examples/export_onnx.py [FILE.onnx]` writes v4-nano with random weights, reads a prompt, decodes 5 tokens, and
-checks that the caches give the same logits as reading all tokens at once.
+`python examples/export_onnx.py [FILE.onnx]` writes the trained model of examples/train_nano, reads a prompt, decodes 5
+tokens, and checks that the caches give the same logits as reading all tokens at once.
 """
 
 import json
@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
+from tokenizers import Tokenizer
 
 import v4c
 
 CAPACITY = 128  # tokens the caches hold
-PROMPT = np.array([[7, 11, 13, 17, 19, 23]])
+CHECKPOINT = Path(__file__).parent / "train_nano" / "checkpoint"
 
 
 def empty_caches(model: ort.InferenceSession) -> dict[str, np.ndarray]:
@@ -32,18 +33,19 @@ def read(model: ort.InferenceSession, ids: np.ndarray, position: int, caches: di
     return logits[0]
 
 
-path = Path(sys.argv[1] if len(sys.argv) > 1 else "v4-nano.onnx")
-v4c.export(v4c.preset("v4-nano"), path)
+path = Path(sys.argv[1] if len(sys.argv) > 1 else "nano.onnx")
+v4c.export(CHECKPOINT, path)
 model = ort.InferenceSession(path)
 
 caches = empty_caches(model)
-logits = read(model, PROMPT, 0, caches)
-ids = PROMPT
+words = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+ids = np.array([words.encode("If the value is not").ids])
+logits = read(model, ids, 0, caches)
 for _ in range(5):
     token = int(logits.argmax())
     logits = read(model, np.array([[token]]), ids.shape[1], caches)
     ids = np.append(ids, [[token]], axis=1)
-print("tokens", ids[0].tolist())
+print("tokens", ids[0].tolist(), repr(words.decode(ids[0].tolist())))
 
 difference = np.abs(logits - read(model, ids, 0, empty_caches(model))).max()
 print(f"largest difference from reading all {ids.shape[1]} tokens at once: {difference:.1e}")

@@ -28,10 +28,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_export_onnx(tmp_path: Path) -> None:
     printed = run_example("export_onnx.py", cwd=tmp_path)
-    assert (tmp_path / "v4-nano.onnx").is_file()
-    assert (tmp_path / "v4-nano.onnx.data").is_file()
+    assert (tmp_path / "nano.onnx").is_file()
+    assert (tmp_path / "nano.onnx.data").is_file()
     (tokens,) = (line for line in printed.splitlines() if line.startswith("tokens"))
-    assert tokens.count(",") == 10  # 6 of the prompt and 5 decoded
+    assert tokens.partition("]")[0].count(",") == 10  # 6 of the prompt and 5 decoded
+    assert "If the value is not given" in tokens
 
 
 def test_compile_and_run(compiled: tuple[Path, str]) -> None:
@@ -54,6 +55,7 @@ def test_embed_in_app(compiled: tuple[Path, str]) -> None:
     folder, _ = compiled
     printed = run_example("embed_in_app.py", folder, cwd=folder.parent)
     assert printed.count(" -> ") == 3
+    assert "The otter likes plum. The otter likes -> ' plum" in printed
 
 
 @pytest.mark.slow

@@ -144,10 +144,10 @@ def test_every_way_to_run_it(tiny_checkpoint: Path, tiny_artifact: Path, tmp_pat
 
 
 def test_hidden_rows_change_far_tokens_only(tiny_checkpoint: Path) -> None:
-    """Up to the window of 128 tokens, and while no CSA or HCA row is complete, nothing differs."""
+    """Nothing differs until the first compressed row is complete, at the fourth token."""
     ids = np.random.default_rng(0).integers(0, 320, (2, 150))
     whole, hidden = (TorchReader(tiny_checkpoint, hide).all_logits(ids) for hide in (False, True))
-    assert np.array_equal(whole[:, :3], hidden[:, :3])
+    np.testing.assert_allclose(whole[:, :3], hidden[:, :3], rtol=0, atol=1e-5)
     assert (np.abs(whole - hidden).max(axis=(0, 2))[10:] > 1e-3).all()
 
 
