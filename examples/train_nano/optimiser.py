@@ -50,6 +50,10 @@ class Optimiser:
 
     def step(self, share: float) -> float:
         """Apply the gradients at `share` of the peak rates, and clear them; returns their norm before clipping to 1."""
+        for tensor in self.parameters.values():
+            if tensor.grad is not None and not tensor.grad.is_contiguous():
+                # Muon's momentum takes the gradient's layout, and a saved one is contiguous: both have to round alike.
+                tensor.grad = tensor.grad.contiguous()
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), 1.0)
         for optimiser, peak in zip((self.muon, self.adamw), self.peaks, strict=True):
             for group in optimiser.param_groups:
@@ -72,7 +76,7 @@ class Optimiser:
         for key, value in state.items():
             name, what = key.rsplit("/", 1)
             kind, optimiser = ("muon", self.muon) if name in self.groups["muon"] else ("adamw", self.adamw)
-            optimiser.state[self.groups[kind][name]][what] = value.clone()
+            optimiser.state[self.groups[kind][name]][what] = value
 
 
 def balance(weights: dict[str, Tensor], loads: dict[str, Tensor]) -> None:

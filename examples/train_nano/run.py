@@ -93,6 +93,8 @@ class Run:
         try:
             resumed = cls(Plan(**run["plan"]), Tokenizer.from_str(run["tokenizer"]))
             resumed.step, resumed.log = run["step"], run["log"]
+            # In the order they began in: the norm of all gradients is a sum over them, and files are sorted by name.
+            weights = {name: weights[name] for name in resumed.weights}
         except (KeyError, TypeError) as failure:
             raise CheckpointError(f"{folder}: expected the saved state of a run, found {failure}") from failure
         resumed._take(weights)

@@ -55,6 +55,10 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict
         os.replace(old, folder)
     try:
         run = json.loads((folder / RUN).read_text(encoding="utf-8"))
-        return load_file(folder / WEIGHTS), load_file(folder / MOMENTS), run
+        # Copied, for a file's tensors lie unaligned, and sums over unaligned memory round otherwise.
+        weights, moments = (
+            {name: tensor.clone() for name, tensor in load_file(folder / file).items()} for file in (WEIGHTS, MOMENTS)
+        )
+        return weights, moments, run
     except (OSError, ValueError, SafetensorError) as failure:
         raise CheckpointError(f"{folder}: expected the saved state of a run, found {failure}") from failure
