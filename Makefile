@@ -22,7 +22,7 @@ NANO := examples/train_nano/checkpoint
 
 # The trained small model, exported, compiled, verified against the torch reference, measured, and run.
 demo: demo/.done
-	$(BIN)/v4c run demo/nano.v4c --prompt "The otter likes plum. Return the first" --max-new-tokens 48
+	$(BIN)/v4c run demo/nano.v4c --prompt "If the file" --max-new-tokens 48
 
 demo/.done: $(INSTALLED) $(SOURCES) $(wildcard $(NANO)/*)
 	rm -rf demo && mkdir demo
