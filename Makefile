@@ -38,7 +38,7 @@ test: .cache/tested
 
 .cache/tested: $(INSTALLED) $(SOURCES) $(TESTS) Makefile
 	@mkdir -p .cache
-	$(BIN)/python -m pytest -m 'not slow and not gpu' -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m 'not slow and not gpu' -n $(JOBS) --dist loadfile --durations 25
 	@touch $@
 
 slow: $(INSTALLED)
