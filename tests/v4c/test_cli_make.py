@@ -85,9 +85,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 def test_export_options_reach_the_api(calls: list[tuple[Any, ...]]) -> None:
     assert invoke("export", "-m", "ckpt", "-o", "x.onnx").exit_code == 0
     assert invoke("export", "--preset", "v4-nano", "--no-weights", "--format", "mlir", "--dtype", "f16", "--all-logits",
-                  "--dry-run", "-o", "y").exit_code == 0  # fmt: skip
-    plain = {"format": "onnx", "dtype": "f32", "weights": True, "all_logits": False, "dry_run": False}
-    given = {"format": "mlir", "dtype": "f16", "weights": False, "all_logits": True, "dry_run": True}
+                  "--mtp", "--dry-run", "-o", "y").exit_code == 0  # fmt: skip
+    plain = {"format": "onnx", "dtype": "f32", "weights": True, "all_logits": False, "mtp": False, "dry_run": False}
+    given = {"format": "mlir", "dtype": "f16", "weights": False, "all_logits": True, "mtp": True, "dry_run": True}
     assert calls == [(Path("ckpt"), Path("x.onnx"), plain), (preset("v4-nano"), Path("y"), given)]
 
 
@@ -95,14 +95,14 @@ def test_compile_options_reach_the_api(calls: list[tuple[Any, ...]]) -> None:
     assert invoke("compile", "-m", "m.onnx", "-o", "x").exit_code == 0
     result = invoke("compile", "--preset", "v4-mini", "--no-weights", "--target", "cuda:sm_90a", "--dtype", "bf16",
                     "--quant", "int4", "--kv", "fp8", "--disable-pass", "a", "--disable-pass", "b", "--dump-ir", "ir",
-                    "--tuning", "db.json", "--strict", "--dry-run", "-o", "y")  # fmt: skip
+                    "--tuning", "db.json", "--no-mtp", "--strict", "--dry-run", "-o", "y")  # fmt: skip
     assert result.exit_code == 0
     assert json.loads(result.stdout) == {"target": "cpu"}
     defaults = {"target": "cpu", "dtype": "f32", "quant": "none", "kv": "f32", "weights": True, "disable_passes": (),
-                "dump_ir": None, "tuning": None, "strict": False, "dry_run": False}  # fmt: skip
+                "dump_ir": None, "tuning": None, "mtp": True, "strict": False, "dry_run": False}  # fmt: skip
     given = {"target": "cuda:sm_90a", "dtype": "bf16", "quant": "int4", "kv": "fp8", "weights": False,
              "disable_passes": ("a", "b"), "dump_ir": Path("ir"), "tuning": Path("db.json"),
-             "strict": True, "dry_run": True}  # fmt: skip
+             "mtp": False, "strict": True, "dry_run": True}  # fmt: skip
     assert calls == [(Path("m.onnx"), Path("x"), defaults), (preset("v4-mini"), Path("y"), given)]
 
 
