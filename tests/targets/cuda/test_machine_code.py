@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from v4c.targets.cuda import architectures, toolchain
+from v4c.targets.cuda.device_module import machine_code
 from v4c.targets.cuda.kernels import attention, compress, engram, experts, index, mhc, products, routing, rows
 from v4c.targets.cuda.machine_code import ASYNC_COPY, MATRIX_LOAD, TENSOR_CORE, compile_cubin, opcodes
 from v4c.targets.cuda.schedule import (
@@ -76,11 +77,16 @@ def source(*names: str) -> str:
     for name in names:
         factory, arguments = every[name]
         functions[name] = factory(*arguments).with_attr("global_symbol", name)
-    target = CUDATarget(architectures.find("sm_90a")).tvm_target()
-    device = {"target": target, "functions": tvm.IRModule(functions)}
-    written = tvm.compile(device["functions"], target=device["target"])
-    module = next(m for m in written.mod._collect_from_import_tree(lambda m: True) if m.kind == "cuda")
-    return module.inspect_source()
+    written: list[str] = []
+
+    def keep(text: str) -> toolchain.Binary:
+        written.append(text)
+        return toolchain.Binary(b"", "cubin", {}, "none")
+
+    with machine_code(keep):
+        tvm.compile(tvm.IRModule(functions), target=CUDATarget(architectures.find("sm_90a")).tvm_target())
+    (text,) = written
+    return text
 
 
 @cache
