@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import click
 
 from benchmarks.peer_list import SAME_BITS
 from v4c.cli.console import new_table, print_table
-from v4c.errors import OutputError
+from v4c.runtime.whole_file import replacing
 
 _COLOURS = {"v4c": "#1f6fb2", "llama": "#d97706", "transformers": "#8b5cf6", "onnxruntime": "#6b7280"}
 _NOT_MEASURED = "-"
@@ -183,13 +182,8 @@ def draw_chart(document: dict[str, Any], path: Path) -> None:
     if lines.get_legend_handles_labels()[1]:
         lines.legend(fontsize=8)
     figure.suptitle(f"{document['model']}; {document['machine']}; {document['threads']} threads", fontsize=11)
-    building = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing(path) as building:
         figure.savefig(building, format="png", dpi=110)
-        os.replace(building, path)
-    except OSError as error:
-        building.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def _bars(

@@ -17,10 +17,11 @@ import v4c
 from benchmarks.timing import machine
 from v4c.cli.console import Progress, new_table, print_table
 from v4c.frontend.presets import preset
-from v4c.targets.cpu.scheduling import Tunable
-from v4c.targets.cpu.tune import ROWS, SLOWER, geometric_mean
-from v4c.targets.cpu.tune_process import Worker
-from v4c.targets.cpu.tuning_database import Machine
+from v4c.targets.cpu.target import CPUTarget
+from v4c.targets.cpu.tune import bench
+from v4c.targets.schedule_search import ROWS, SLOWER, geometric_mean
+from v4c.targets.scheduler import Tunable
+from v4c.targets.tune_process import Worker
 from v4c.tuning import model_kernels, read_database
 
 
@@ -39,12 +40,12 @@ def main(
 ) -> None:  # fmt: skip
     with Progress() as progress:
         v4c.tune(preset(name), database, target=target, ops=ops, trials=trials, threads=threads, progress=progress)
-    found, here = read_database(database), Machine.this(threads)
-    device, kernels = model_kernels(preset(name), target)
+    found, place = read_database(database), bench(CPUTarget.parse(target.partition(":")[2]), threads)
+    kernels = model_kernels(preset(name), target)
     rows, kept = [], 0
-    with Worker(threads, 600.0) as worker:
+    with Worker(threads, 600.0, place.command) as worker:
         for kernel in kernels:
-            record = found.get(kernel.key, here)
+            record = found.get(kernel.key, place.machine)
             if record is None or (ops and kernel.key.op not in ops):
                 continue
             if record.parameters is None:
@@ -52,16 +53,16 @@ def main(
                 continue
             times = worker.ask(
                 {
-                    "op": kernel.key.op, "arguments": kernel.kernel.arguments, "level": device.level, "rows": ROWS,
+                    "op": kernel.key.op, "arguments": kernel.kernel.arguments, "level": place.level, "rows": ROWS,
                     "default": kernel.default.parameters, "candidate": dict(record.parameters), "seconds": seconds,
                 }
             )  # fmt: skip
             rows.append(_row(kernel, record.parameters, times))
     summary = _summary(rows, kept)
     if as_json:
-        click.echo(json.dumps({"machine": vars(here), "preset": name, "kernels": rows, **summary}, indent=1))
+        click.echo(json.dumps({"machine": vars(place.machine), "preset": name, "kernels": rows, **summary}, indent=1))
         return
-    click.echo(f"{name}, {device.name}, {threads} threads; {machine()}")
+    click.echo(f"{name}, cpu:{place.level}, {threads} threads; {machine()}")
     _table(rows)
     click.echo(f"the default is kept for {kept} more kernels")
     click.echo(f"slowest against the default: {summary['slowest']:.3f} of its time (allowed: {SLOWER})")

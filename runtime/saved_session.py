@@ -7,12 +7,10 @@ which model it belongs to, where the rows stand, and the SHA-256 of everything e
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-import secrets
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,10 +19,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from v4c.errors import ArtifactError, OutputError
+from v4c.errors import ArtifactError
 from v4c.runtime.cache_specs import CacheSpec
 from v4c.runtime.dtypes import DTYPES
 from v4c.runtime.manifest import Manifest
+from v4c.runtime.whole_file import replacing
 
 FORMAT = "v4c.session"
 VERSION = "1"
@@ -83,28 +82,16 @@ def write_session(path: Path, manifest: Manifest, saved: SavedSession, arrays: S
         "sha256": _UNKNOWN,
     }
     header = _header(metadata, manifest.all_caches, saved.positions)
-    building = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(0, "a folder of that name")
-        try:
-            with building.open("xb") as file:
-                digest = hashlib.sha256(header)
-                file.write(header)
-                for piece in _pieces(manifest.all_caches, saved.positions, arrays):
-                    digest.update(piece)
-                    file.write(piece)
-                file.seek(header.index(_UNKNOWN.encode()))
-                file.write(digest.hexdigest().encode())
-                file.flush()
-                os.fsync(file.fileno())
-            building.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                building.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise OutputError(f"{path}: expected to write it, found {error.strerror or error}") from error
+    with replacing(path) as building, building.open("xb") as file:
+        digest = hashlib.sha256(header)
+        file.write(header)
+        for piece in _pieces(manifest.all_caches, saved.positions, arrays):
+            digest.update(piece)
+            file.write(piece)
+        file.seek(header.index(_UNKNOWN.encode()))
+        file.write(digest.hexdigest().encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class SessionFile:

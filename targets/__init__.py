@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from .ascend.tile_database import TileDatabase
     from .base import Target
-    from .cpu.tuning_database import TuningDatabase
+    from .tuning_database import TuningDatabase
 
 Kind = TypeVar("Kind")
 
@@ -56,12 +56,12 @@ def find(
     name, _, variant = text.partition(":")
     if name == "cpu":
         from .cpu.target import CPUTarget
-        from .cpu.tuning_database import TuningDatabase
+        from .tuning_database import TuningDatabase
 
         return CPUTarget.parse(variant, _of_kind(tuning, TuningDatabase, text))
     if name == "cuda":
-        from .cpu.tuning_database import TuningDatabase
         from .cuda.target import CUDATarget
+        from .tuning_database import TuningDatabase
 
         return CUDATarget.parse(variant, _of_kind(tuning, TuningDatabase, text))
     if name == "ascend":

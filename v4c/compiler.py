@@ -45,7 +45,7 @@ from v4c.weight_packing import pack_weights, peak_bytes, resume_key
 
 if TYPE_CHECKING:
     from v4c.targets.ascend.tile_database import TileDatabase
-    from v4c.targets.cpu.tuning_database import TuningDatabase
+    from v4c.targets.tuning_database import TuningDatabase
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
 KV_FORMATS: tuple[CacheFormat, ...] = ("f32", "bf16", "fp8")

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from v4c.errors import OutputError, UnsupportedError
 from v4c.progress import Progress
+from v4c.runtime.whole_file import write_json
 
 if TYPE_CHECKING:
     from v4c.targets.ascend.tile_database import TileDatabase
-    from v4c.targets.cpu.scheduling import Tunable
-    from v4c.targets.cpu.target import CPUTarget
-    from v4c.targets.cpu.tuning_database import Record, TuningDatabase
+    from v4c.targets.schedule_search import Bench
+    from v4c.targets.scheduler import Tunable
+    from v4c.targets.tuning_database import Record, TuningDatabase
 
 
 def tune(
@@ -40,13 +39,13 @@ def tune(
     Args:
         source: checkpoint folder, ``.onnx`` file written by `v4c.export`, or a `ModelConfig`; weights are not read.
         path: the database; it is created, or added to after every trial.
-        target: ``cpu``, ``cpu:LEVEL``, ``ascend`` or ``ascend:DEVICE``.
+        target: ``cpu``, ``cpu:LEVEL``, ``cuda``, ``cuda:ARCH``, ``ascend`` or ``ascend:DEVICE``.
         dtype, quant: storage of the weight matrices, as for `v4c.compile`.
         trials: candidates per kernel.
         time_limit: seconds that one candidate may take, compilation included; one that crashes or takes longer counts
             as failed.
-        threads: threads per kernel; default as for `v4c.load`. CPU only, as is `time_limit`.
-        ops: kernels to tune by name, such as ``merged_linear``; default all. CPU only.
+        threads: threads per kernel; default as for `v4c.load`. CPU only.
+        ops: kernels to tune by name, such as ``merged_linear``; default all. Not for Ascend devices.
         progress: called with (what, trials done, trials).
 
     Returns:
@@ -58,11 +57,10 @@ def tune(
         v4c.Error: bad input, a damaged database, a target that this machine cannot run, or Optuna missing.
     """
     from v4c.runtime.library import choose_threads
-    from v4c.targets.cpu.levels import machine_features
-    from v4c.targets.cpu.tune import Search
-    from v4c.targets.cpu.tune import tune as search
-    from v4c.targets.cpu.tune_process import Worker
-    from v4c.targets.cpu.tuning_database import Machine, TuningDatabase
+    from v4c.targets.schedule_search import Search
+    from v4c.targets.schedule_search import tune as search
+    from v4c.targets.tune_process import Worker
+    from v4c.targets.tuning_database import TuningDatabase
 
     file = Path(path)
     check_destination(file)
@@ -74,22 +72,36 @@ def tune(
             raise UnsupportedError(f"target {target}: expected all products, not quantised, found {found}")
         return tune_file(source, file, target.partition(":")[2], dtype, trials, progress)
     choose_threads(threads)
+    threads = threads or int(os.environ["TVM_NUM_THREADS"])
     database = read_database(file) if file.exists() else TuningDatabase()
-    device, kernels = model_kernels(source, target, dtype, quant, progress)
-    missing = set(device.features) - machine_features()
-    if missing:
-        raise UnsupportedError(f"target {device.name}: expected a processor with {min(missing)}, found one without")
+    bench = _bench(target, threads)
+    kernels = model_kernels(source, target, dtype, quant, progress)
     names = sorted({k.key.op for k in kernels})
     for op in ops:
         if op not in names:
             raise UnsupportedError(f"op {op!r}: expected a kernel of this model: {', '.join(names)}")
     chosen = [k for k in kernels if not ops or k.key.op in ops]
-    machine = Machine.this(threads or int(os.environ["TVM_NUM_THREADS"]))
-    with Worker(machine.threads, time_limit) as worker:
-        how = Search(trials, device.level, machine)
+    with Worker(threads, time_limit, bench.command) as worker:
+        how = Search(trials, bench.level, bench.machine)
         records = search(chosen, database, worker, how, lambda: write_database(database, file), progress)
     write_database(database, file)
-    return {"database": str(file), "machine": vars(machine), "kernels": [_row(r) for r in records]}
+    return {"database": str(file), "machine": vars(bench.machine), "kernels": [_row(r) for r in records]}
+
+
+def _bench(target: str, threads: int) -> Bench:
+    """What kernels of a measured target are timed on."""
+    from v4c import targets
+    from v4c.targets.cpu import tune as cpu
+    from v4c.targets.cpu.target import CPUTarget
+    from v4c.targets.cuda import tune as cuda
+    from v4c.targets.cuda.target import CUDATarget
+
+    device = targets.find(target)
+    if isinstance(device, CPUTarget):
+        return cpu.bench(device, threads)
+    if isinstance(device, CUDATarget):
+        return cuda.bench(device)
+    raise UnsupportedError(f"target {target!r}: expected cpu[:LEVEL], cuda[:ARCH] or ascend[:DEVICE]")
 
 
 def read_database(path: Path) -> TuningDatabase:
@@ -99,7 +111,7 @@ def read_database(path: Path) -> TuningDatabase:
         TuningError: it is missing, damaged or of another version.
     """
     from v4c.frontend.strict_json import read_object
-    from v4c.targets.cpu.tuning_database import TuningDatabase, TuningError
+    from v4c.targets.tuning_database import TuningDatabase, TuningError
 
     return TuningDatabase.from_document(read_object(path, TuningError), str(path))
 
@@ -114,15 +126,8 @@ def read_tuning(path: Path, target: str) -> TuningDatabase | TileDatabase:
 
 
 def write_database(database: TuningDatabase, path: Path) -> None:
-    """Write a tuning database beside its place and rename it: a reader sees the old one or the new one."""
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        beside.write_text(json.dumps(database.document(), indent=1, allow_nan=False) + "\n")
-        os.replace(beside, path)
-    except OSError as error:
-        raise OutputError(f"{path}: expected to write it, found {error.strerror}") from error
-    finally:
-        beside.unlink(missing_ok=True)
+    """Write a tuning database: a reader sees the old one or the new one."""
+    write_json(path, database.document())
 
 
 def check_destination(path: Path) -> None:
@@ -135,23 +140,21 @@ def check_destination(path: Path) -> None:
 
 def model_kernels(
     source: Any, target: str, dtype: str = "f32", quant: str = "none", progress: Progress | None = None
-) -> tuple[CPUTarget, list[Tunable]]:
-    """The CPU target, and the kernels with a schedule that compiling `source` would build; arguments as of `tune`."""
+) -> list[Tunable]:
+    """The kernels with a schedule that compiling `source` for a measured target would build; arguments of `tune`."""
     from v4c import targets
     from v4c.api import open_source
-    from v4c.compiler import graph, lower, storage_of
+    from v4c.compiler import graph, lower, settings, storage_of
     from v4c.passes.pipeline import PassOptions
-    from v4c.targets.cpu.target import CPUTarget
 
-    device = targets.find(target)
-    if not isinstance(device, CPUTarget):
-        raise UnsupportedError(f"target {target!r}: expected cpu or cpu:LEVEL")
-    options, storage = PassOptions.checked(()), storage_of(dtype, quant)
+    device: Any = targets.find(target)
+    disabled, storage = settings(device, (), storage_of(dtype, quant))
+    options = PassOptions.checked(disabled)
     model, _ = graph(open_source(source, weights=False), options, storage, progress)
     if progress:
         progress("collect kernels", 0, 0)
     lower(model, device, storage, options)
-    return device, list(device.kernels.scheduler.tunable.values())
+    return list(device.kernels.scheduler.tunable.values())
 
 
 def _row(record: Record) -> dict[str, Any]:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from v4c.runtime.whole_file import replacing
 
 COLUMNS = ("step", "loss", "text", "recall", "recalled", "mtp", "index", "imbalance")
 
 
 def write_table(log: Sequence[dict[str, float]], path: Path) -> None:
     """The figures of every step as CSV; empty where a step has none. The file is replaced when complete."""
-    building = path.with_name(f".{path.name}.part")
-    with building.open("w", encoding="utf-8", newline="") as file:
+    with replacing(path) as building, building.open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
         table.writerows({name: f"{value:.4g}" for name, value in figures.items()} for figures in log)
-    os.replace(building, path)
 
 
 def draw(log: Sequence[dict[str, float]], path: Path, title: str) -> None:
@@ -46,10 +45,9 @@ def draw(log: Sequence[dict[str, float]], path: Path, title: str) -> None:
     recall.plot(steps, _running(np.array([figures.get("recalled", np.nan) for figures in log])), "C2")
     recall.set(ylabel="recalled in training", xlabel="step", ylim=(0, 1))
     figure.tight_layout()
-    building = path.with_name(f".{path.name}.part")
-    figure.savefig(building, dpi=100, format="png", metadata={"Software": None})
+    with replacing(path) as building:
+        figure.savefig(building, dpi=100, format="png", metadata={"Software": None})
     pyplot.close(figure)
-    os.replace(building, path)
 
 
 def _running(values: np.ndarray, width: int = 25) -> np.ndarray:

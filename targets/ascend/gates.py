@@ -11,8 +11,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -22,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from v4c.errors import Error
+from v4c.runtime.whole_file import replacing
 
 from .devices import Device, find_device
 from .hivm_simulator import ORDERS, simulate_scheduled
@@ -296,13 +295,7 @@ def read_report(path: Path) -> GateReport | None:
 
 
 def write_report(path: Path, report: GateReport) -> None:
-    """Stores a report: beside its place, then renamed."""
+    """Stores a report."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".report-")
-    try:
-        with os.fdopen(handle, "w") as stream:
-            json.dump(asdict(report), stream)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(asdict(report)))

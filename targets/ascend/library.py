@@ -17,7 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from v4c.errors import OutputError
 from v4c.progress import Progress
+from v4c.runtime.whole_file import replacing
 
 from .host_function import PREFIX
 from .operation import Border, Dim, Operation, Variant
@@ -71,11 +73,10 @@ def _program_object(program: TileProgram, folder: Path) -> Path:
         return target
     with tempfile.TemporaryDirectory(prefix="v4c-tile-") as scratch:
         shutil.copyfile(compile_object(program, Path(scratch), CPU), target)
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time only
+    with contextlib.suppress(OSError, OutputError):  # a cache that cannot be written costs time only
         kept.parent.mkdir(parents=True, exist_ok=True)
-        beside = kept.with_name(f".{kept.name}.{os.getpid()}")
-        shutil.copyfile(target, beside)
-        os.replace(beside, kept)
+        with replacing(kept) as beside:
+            shutil.copyfile(target, beside)
     return target
 
 

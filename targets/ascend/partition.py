@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from v4c.errors import OutputError
 from v4c.progress import Progress
 
 from .devices import Device
@@ -94,7 +95,7 @@ def check_operation(operation: Operation, device: Device, seed: int = 0) -> list
             found |= {n: r for n, r in stored.items() if r is not None and n not in found}
             continue
         for name, report in _check_variant(operation, variant, device, seed).items():
-            with contextlib.suppress(OSError):  # a cache that cannot be written costs time only
+            with contextlib.suppress(OSError, OutputError):  # a cache that cannot be written costs time only
                 write_report(paths[name], report)
             found.setdefault(name, report)
     return list(found.values())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from v4c.errors import Error, OutputError, UnsupportedError
+from v4c.errors import Error, UnsupportedError
+from v4c.runtime.whole_file import write_json
 
 from .devices import Device
 from .lowering import Product
@@ -90,15 +89,8 @@ class TileDatabase:
             raise TileDatabaseError(f"{path}: damaged: {type(error).__name__} {error}") from None
 
     def write(self, path: Path) -> None:
-        """Beside its place, then renamed."""
-        beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-        try:
-            beside.write_text(json.dumps(self.document(), indent=1, allow_nan=False) + "\n")
-            os.replace(beside, path)
-        except OSError as error:
-            raise OutputError(f"{path}: expected to write it, found {error.strerror}") from error
-        finally:
-            beside.unlink(missing_ok=True)
+        """Replace the file; OutputError where it cannot be written."""
+        write_json(path, self.document())
 
 
 def _row(row: Mapping[str, Any]) -> tuple[Product, Found]:

@@ -1,12 +1,12 @@
 """Which CPU kernel stands for which op: the importer's `Kernels` protocol, answered from the shapes of the inputs.
 
-One line per op picks the static sizes a kernel factory needs; how its work is cut follows from these and the x86-64
-level (`scheduling`); everything else about a kernel is in `kernels/`.
+Static sizes are those of every target (`v4c.targets.op_sizes`); how a kernel's work is cut follows from these and the
+x86-64 level (`scheduling`); everything else about a kernel is in `kernels/`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from v4c.custom_ops import CustomOp, TensorSpec
@@ -14,6 +14,8 @@ from v4c.errors import UnsupportedError
 from v4c.passes.relax.kernels import Kernel
 from v4c.passes.relax.layouts import WeightSpec
 
+from ..op_sizes import SIZES, Attributes, Inputs, Sizes, size
+from ..tuning_database import TuningDatabase
 from . import packing
 from .kernels.attention import compressed_sparse_attention, heavily_compressed_attention, sliding_window_attention
 from .kernels.compress import kv_compress, kv_compress_pair
@@ -33,138 +35,61 @@ from .kernels.routes import hash_route, topk_route
 from .kernels.row_formats import row_format
 from .kernels.swiglu import swiglu
 from .levels import has_vnni
-from .scheduling import Scheduler
-from .tuning_database import TuningDatabase
+from .scheduling import scheduler
 
-Inputs = Mapping[str, TensorSpec]
-Attributes = Mapping[str, Any]
+_added: dict[str, Callable[[Inputs, Attributes], Kernel]] = {}
 
-
-def _size(inputs: Inputs, name: str, axis: int) -> int:
-    """A static dimension of an input."""
-    return int(inputs[name].shape[axis])
-
-
-def _attention_sizes(i: Inputs) -> tuple[int, int, int]:
-    """Heads, head width and window of an attention op."""
-    return _size(i, "q", 2), _size(i, "q", 3), _size(i, "window", 1)
-
-
-def _rotary(i: Inputs) -> int:
-    """Dims that are rotated."""
-    return 2 * _size(i, "inv_freq", 0)
-
-
-def _format(i: Inputs, cache: str, width: int) -> str:
-    """Format of a cache's rows of `width` dims."""
-    return row_format(width, _size(i, cache, 2), i[cache].dtype)
-
-
-def _compressed_widths(i: Inputs, prefix: str = "") -> tuple[int, int]:
-    """Widths of a compressor's projections and of its rows."""
-    return _size(i, f"{prefix}kv", 2), _size(i, f"{prefix}norm", 0)
-
-
-def _turned(i: Inputs) -> tuple[int, str]:
-    """Dims of an attention's outputs that are rotated back, and the format of its caches."""
-    return (_rotary(i) if "inv_freq" in i else 0), _format(i, "window", _size(i, "q", 3))
+_FACTORIES: dict[str, Callable[..., Any]] = {
+    "TrailingRope": trailing_rope,
+    "RotaryQueryKV": rotary_query_kv,
+    "KVCompress": kv_compress,
+    "KVCompressPair": kv_compress_pair,
+    "LightningIndex": lightning_index,
+    "RotaryLightningIndex": lightning_index,
+    "CompressedSparseAttention": compressed_sparse_attention,
+    "DerotatedCSA": compressed_sparse_attention,
+    "HeavilyCompressedAttention": heavily_compressed_attention,
+    "DerotatedHCA": heavily_compressed_attention,
+    "SlidingWindowAttention": sliding_window_attention,
+    "DerotatedSlidingAttention": sliding_window_attention,
+    "MHCPre": mhc_pre,
+    "MHCPreNorm": mhc_pre_norm,
+    "MHCPostPreNorm": mhc_post_pre_norm,
+    "MHCPost": mhc_post,
+    "MHCHead": mhc_head,
+    "TopKRoute": topk_route,
+    "HashRoute": hash_route,
+    "TopKRouter": topk_router,
+    "HashRouter": hash_router,
+    "ClampedSwiGLU": swiglu,
+    "GroupedExperts": grouped_experts,
+    "MixtureOfExperts": mixture_of_experts,
+    "EngramHash": engram_hash,
+    "EngramLookup": engram_lookup,
+    "EngramGateConv": engram_gate_conv,
+}
 
 
-def _csa_sizes(i: Inputs, a: Attributes) -> tuple[Any, ...]:
-    return (*_attention_sizes(i), _size(i, "indices", 2), a["scale"], *_turned(i))
+def _format(cache: str, width: tuple[str, int]) -> Sizes:
+    """Format of a cache's rows, which are as wide as a dimension of another input."""
+    return lambda i, a: (row_format(size(i, *width), size(i, cache, 2), i[cache].dtype),)
 
 
-def _hca_sizes(i: Inputs, a: Attributes) -> tuple[Any, ...]:
-    return (*_attention_sizes(i), a["ratio"], a["scale"], *_turned(i))
-
-
-def _sliding_sizes(i: Inputs, a: Attributes) -> tuple[Any, ...]:
-    return (*_attention_sizes(i), a["scale"], *_turned(i))
-
-
-def _index_sizes(i: Inputs, a: Attributes) -> tuple[Any, ...]:
-    width = _size(i, "q", 3)
-    rotary = _rotary(i) if "inv_freq" in i else 0
-    return _size(i, "q", 2), width, a["ratio"], a["top_k"], rotary, _format(i, "index_rows", width)
-
-
-def _expert_sizes(i: Inputs, a: Attributes) -> tuple[Any, ...]:
-    """Experts, hidden size, expert width, experts per token, clamp and weight dtype of a routed expert op."""
-    return (
-        _size(i, "gate_up", 0), _size(i, "x", 2), _size(i, "down", 2), _size(i, "indices", 2), a["limit"],
-        i["gate_up"].dtype,
-    )  # fmt: skip
-
-
-def _streams(i: Inputs) -> tuple[int, int]:
-    """Number of streams and their width."""
-    return _size(i, "streams", 2), _size(i, "streams", 3)
-
-
-_CUSTOM: dict[str, Callable[[Inputs, Attributes], Kernel]] = {
-    "TrailingRope": lambda i, a: Kernel(trailing_rope, (_size(i, "x", 2), _size(i, "x", 3), _rotary(i), a["sign"])),
-    "RotaryQueryKV": lambda i, a: Kernel(
-        rotary_query_kv, (_size(i, "q", 2), _size(i, "q", 3), _rotary(i), a["q_eps"], a["kv_eps"])
-    ),
-    "KVCompress": lambda i, a: Kernel(
-        kv_compress,
-        (*_compressed_widths(i), _rotary(i), a["ratio"], a["eps"], _format(i, "rows", _size(i, "norm", 0))),
-    ),
-    "KVCompressPair": lambda i, a: Kernel(
-        kv_compress_pair,
+_ROW_FORMATS: dict[str, Sizes] = {
+    **dict.fromkeys(
         (
-            *_compressed_widths(i), *_compressed_widths(i, "index_"), _rotary(i), a["ratio"], a["eps"],
-            _format(i, "rows", _size(i, "norm", 0)), _format(i, "index_rows", _size(i, "index_norm", 0)),
+            "CompressedSparseAttention", "DerotatedCSA", "HeavilyCompressedAttention", "DerotatedHCA",
+            "SlidingWindowAttention", "DerotatedSlidingAttention",
         ),
+        _format("window", ("q", 3)),
     ),
-    "LightningIndex": lambda i, a: Kernel(lightning_index, _index_sizes(i, a)),
-    "RotaryLightningIndex": lambda i, a: Kernel(lightning_index, _index_sizes(i, a)),
-    "CompressedSparseAttention": lambda i, a: Kernel(compressed_sparse_attention, _csa_sizes(i, a)),
-    "DerotatedCSA": lambda i, a: Kernel(compressed_sparse_attention, _csa_sizes(i, a)),
-    "HeavilyCompressedAttention": lambda i, a: Kernel(heavily_compressed_attention, _hca_sizes(i, a)),
-    "DerotatedHCA": lambda i, a: Kernel(heavily_compressed_attention, _hca_sizes(i, a)),
-    "SlidingWindowAttention": lambda i, a: Kernel(sliding_window_attention, _sliding_sizes(i, a)),
-    "DerotatedSlidingAttention": lambda i, a: Kernel(sliding_window_attention, _sliding_sizes(i, a)),
-    "MHCPre": lambda i, a: Kernel(mhc_pre, (*_streams(i), a["iterations"], a["hc_eps"], a["norm_eps"])),
-    "MHCPreNorm": lambda i, a: Kernel(
-        mhc_pre_norm, (*_streams(i), a["iterations"], a["hc_eps"], a["norm_eps"], a["eps"])
-    ),
-    "MHCPostPreNorm": lambda i, a: Kernel(
-        mhc_post_pre_norm, (*_streams(i), a["iterations"], a["hc_eps"], a["norm_eps"], a["eps"])
-    ),
-    "MHCPost": lambda i, a: Kernel(mhc_post, _streams(i)),
-    "MHCHead": lambda i, a: Kernel(mhc_head, (*_streams(i), a["hc_eps"], a["norm_eps"])),
-    "TopKRoute": lambda i, a: Kernel(topk_route, (_size(i, "logits", 2), a["top_k"], a["scaling"])),
-    "HashRoute": lambda i, a: Kernel(hash_route, (_size(i, "logits", 2), _size(i, "table", 1), a["scaling"])),
-    "TopKRouter": lambda i, a: Kernel(
-        topk_router, (_size(i, "weight", 0), _size(i, "x", 2), a["top_k"], a["scaling"], i["weight"].dtype)
-    ),
-    "HashRouter": lambda i, a: Kernel(
-        hash_router, (_size(i, "weight", 0), _size(i, "x", 2), _size(i, "indices", 2), a["scaling"])
-    ),
-    "ClampedSwiGLU": lambda i, a: Kernel(swiglu, (_size(i, "gate", 2), a["limit"])),
-    "EngramHash": lambda i, a: Kernel(
-        engram_hash, (_size(i, "multipliers", 0), _size(i, "primes", 0), a["pad_id"])
-    ),
-    "EngramLookup": lambda i, a: Kernel(
-        engram_lookup, (_size(i, "addresses", 2), _size(i, "table", 1), i["table"].dtype)
-    ),
-    "EngramGateConv": lambda i, a: Kernel(
-        engram_gate_conv, (*_streams(i), _size(i, "conv_weight", 1), a["dilation"], a["eps"])
+    **dict.fromkeys(("LightningIndex", "RotaryLightningIndex"), _format("index_rows", ("q", 3))),
+    "KVCompress": _format("rows", ("norm", 0)),
+    "KVCompressPair": lambda i, a: (
+        *_format("rows", ("norm", 0))(i, a), *_format("index_rows", ("index_norm", 0))(i, a)
     ),
 }  # fmt: skip
-
-
-_EXPERTS: dict[str, Callable[[Inputs, Attributes], Kernel]] = {
-    "GroupedExperts": lambda i, a: Kernel(grouped_experts, _expert_sizes(i, a)),
-    "MixtureOfExperts": lambda i, a: Kernel(
-        mixture_of_experts, (*_expert_sizes(i, a), _size(i, "shared_down", 1), False, i["shared_gate_up"].dtype)
-    ),
-}  # fmt: skip
-"""Kernels that differ with AVX512-VNNI."""
-
-_VNNI = {grouped_experts: 6, mixture_of_experts: 7}
-"""Which argument says whether the target has it."""
+"""What factories of kernels that read or write caches take beyond the sizes."""
 
 
 def add_kernel(op: str, choose: Callable[[Inputs, Attributes], Kernel]) -> None:
@@ -177,9 +102,9 @@ def add_kernel(op: str, choose: Callable[[Inputs, Attributes], Kernel]) -> None:
     Raises:
         UnsupportedError: the operator has a kernel.
     """
-    if op in _CUSTOM or op in _EXPERTS:
+    if op in _FACTORIES or op in _added:
         raise UnsupportedError(f"operator {op}: expected one without a CPU kernel, found one that has it")
-    _CUSTOM[op] = choose
+    _added[op] = choose
 
 
 class CPUKernels:
@@ -192,19 +117,22 @@ class CPUKernels:
 
     def __init__(self, level: str = "x86-64-v4", tuning: TuningDatabase | None = None) -> None:
         self.vnni = has_vnni(level)
-        self.scheduler = Scheduler(level, tuning)
+        self.scheduler = scheduler(level, tuning)
 
     def custom(self, op: CustomOp, inputs: Sequence[TensorSpec], attributes: Attributes) -> Kernel:
         named = dict(zip(op.inputs, inputs, strict=True))
-        if op.name in _EXPERTS:
-            kernel = _EXPERTS[op.name](named, attributes)
-            at = _VNNI[kernel.factory]
-            return self.scheduler.scheduled(
-                Kernel(kernel.factory, (*kernel.arguments[:at], self.vnni, *kernel.arguments[at + 1 :]))
-            )
-        if op.name not in _CUSTOM:
+        if op.name in _added:
+            return self.scheduler.scheduled(_added[op.name](named, attributes))
+        if op.name not in _FACTORIES:
             raise UnsupportedError(f"operator {op.name}: no CPU kernel")
-        return self.scheduler.scheduled(_CUSTOM[op.name](named, attributes))
+        arguments = SIZES[op.name](named, attributes)
+        if op.name in _ROW_FORMATS:
+            arguments += _ROW_FORMATS[op.name](named, attributes)
+        elif op.name == "GroupedExperts":
+            arguments += (self.vnni,)
+        elif op.name == "MixtureOfExperts":
+            arguments += (self.vnni, named["shared_gate_up"].dtype)
+        return self.scheduler.scheduled(Kernel(_FACTORIES[op.name], arguments))
 
     def linear(self, sizes: tuple[int, ...], k: int, dtype: str, norm_eps: float | None) -> Kernel:
         return self.scheduler.scheduled(Kernel(merged_linear, (sizes, k, dtype, norm_eps, self.vnni)))

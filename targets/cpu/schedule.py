@@ -7,12 +7,10 @@ of 16 with AVX2, and four of 16 with SSE. The tuner (`tune`) searches among the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from typing import Self
 
-from v4c.errors import UnsupportedError
-
+from ..schedule import Schedule, knob
 from .levels import psabi
 from .stack import STACK_BYTES
 
@@ -25,26 +23,9 @@ PANEL_VECTORS = 2
 """Vectors per row of a packed panel (`kernels.packing`)."""
 
 
-def _knob(default: int, *choices: int) -> Any:
-    """A number of a schedule with the values that a search tries."""
-    return field(default=default, metadata={"choices": choices})
-
-
 @dataclass(frozen=True)
-class Schedule:
-    """What all schedules share: defaults by level, choices for a search, and a form for JSON."""
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if type(value) is not int or value < 1:
-                raise UnsupportedError(f"{type(self).__name__}: {name}: expected a positive integer, found {value!r}")
-        problem = self.problem()
-        if problem is not None:
-            raise UnsupportedError(f"{type(self).__name__}: {problem}")
-
-    def problem(self) -> str | None:
-        """Why no kernel can be made by these numbers, or None."""
-        return None
+class LeveledSchedule(Schedule):
+    """A schedule whose defaults depend on the x86-64 level."""
 
     @classmethod
     def of(cls, level: str) -> Self:
@@ -56,32 +37,9 @@ class Schedule:
         """What differs from the defaults of the class, which are those with AVX-512."""
         return {}
 
-    @classmethod
-    def from_parameters(cls, parameters: Mapping[str, Any], where: str) -> Self:
-        """From the numbers by name; UnsupportedError, which begins with `where`, if they are not those of the class."""
-        expected = [f.name for f in fields(cls)]
-        if sorted(parameters) != sorted(expected):
-            raise UnsupportedError(
-                f"{where}: expected the numbers {', '.join(expected)}, found {', '.join(sorted(parameters)) or 'none'}"
-            )
-        try:
-            return cls(**parameters)
-        except UnsupportedError as error:
-            raise UnsupportedError(f"{where}: {error}") from None
-
-    @property
-    def parameters(self) -> dict[str, int]:
-        """The numbers by name."""
-        return asdict(self)
-
-    @classmethod
-    def choices(cls) -> dict[str, tuple[int, ...]]:
-        """The values that a search tries, by name."""
-        return {f.name: f.metadata["choices"] for f in fields(cls)}
-
 
 @dataclass(frozen=True)
-class PanelSchedule(Schedule):
+class PanelSchedule(LeveledSchedule):
     """Register blocks of products with packed panels (`kernels.panel_product`, `kernels.quant_product`).
 
     Attributes:
@@ -90,9 +48,9 @@ class PanelSchedule(Schedule):
         chains: sums of each output for a single row, which cover the latency of the multiply-add; a power of two.
     """
 
-    row_block: int = _knob(7, 1, 2, 3, 4, 5, 6, 7)
-    accumulators: int = _knob(15, 3, 4, 6, 8, 15)
-    chains: int = _knob(4, 1, 2, 4)
+    row_block: int = knob(7, 1, 2, 3, 4, 5, 6, 7)
+    accumulators: int = knob(15, 3, 4, 6, 8, 15)
+    chains: int = knob(4, 1, 2, 4)
 
     @classmethod
     def by_level(cls, level: str) -> dict[str, int]:
@@ -139,8 +97,8 @@ class ProductSchedule(PanelSchedule):
         rows_per_task: rows that share one reading of a panel.
     """
 
-    block_bytes: int = _knob(1 << 17, 1 << 14, 1 << 15, 1 << 16, 1 << 17, 1 << 18, 1 << 19)
-    rows_per_task: int = _knob(256, 8, 16, 32, 64, 128, 256)
+    block_bytes: int = knob(1 << 17, 1 << 14, 1 << 15, 1 << 16, 1 << 17, 1 << 18, 1 << 19)
+    rows_per_task: int = knob(256, 8, 16, 32, 64, 128, 256)
 
     def problem(self) -> str | None:
         if self.block_bytes < 4096 or self.block_bytes & (self.block_bytes - 1):
@@ -172,14 +130,14 @@ class ExpertSchedule(PanelSchedule):
 
 
 @dataclass(frozen=True)
-class UnpackedSchedule(Schedule):
+class UnpackedSchedule(LeveledSchedule):
     """Products with weights that lie as the checkpoint has them.
 
     Attributes:
         outputs: dot products at a time, each a vector of sums.
     """
 
-    outputs: int = _knob(4, 1, 2, 4, 8)
+    outputs: int = knob(4, 1, 2, 4, 8)
 
     @classmethod
     def by_level(cls, level: str) -> dict[str, int]:
@@ -190,7 +148,7 @@ class UnpackedSchedule(Schedule):
 
 
 @dataclass(frozen=True)
-class AttentionSchedule(Schedule):
+class AttentionSchedule(LeveledSchedule):
     """The three kernels of attention.
 
     Attributes:
@@ -205,12 +163,12 @@ class AttentionSchedule(Schedule):
             together, are then summed as a token alone is (speculative decoding).
     """
 
-    row_tile: int = _knob(13, 2, 4, 6, 8, 13, 15)
-    panel_tiles: int = _knob(5, 2, 3, 5, 8, 11)
-    head_tile: int = _knob(4, 1, 2, 4, 8)
-    column_vectors: int = _knob(4, 1, 2, 4)
-    shares: int = _knob(4, 1, 2, 4, 8)
-    enough_tokens: int = _knob(8, 4, 8, 16)
+    row_tile: int = knob(13, 2, 4, 6, 8, 13, 15)
+    panel_tiles: int = knob(5, 2, 3, 5, 8, 11)
+    head_tile: int = knob(4, 1, 2, 4, 8)
+    column_vectors: int = knob(4, 1, 2, 4)
+    shares: int = knob(4, 1, 2, 4, 8)
+    enough_tokens: int = knob(8, 4, 8, 16)
 
     @classmethod
     def by_level(cls, level: str) -> dict[str, int]:
@@ -233,7 +191,7 @@ class AttentionSchedule(Schedule):
 
 
 @dataclass(frozen=True)
-class IndexSchedule(Schedule):
+class IndexSchedule(LeveledSchedule):
     """The lightning indexer.
 
     Attributes:
@@ -243,10 +201,10 @@ class IndexSchedule(Schedule):
         range_rows: rows below which a range is not worth another transposition of the queries.
     """
 
-    accumulators: int = _knob(15, 2, 3, 4, 6, 8, 12, 15)
-    head_vectors: int = _knob(4, 1, 2, 4)
-    items: int = _knob(16, 4, 8, 16, 32)
-    range_rows: int = _knob(512, 128, 256, 512, 1024)
+    accumulators: int = knob(15, 2, 3, 4, 6, 8, 12, 15)
+    head_vectors: int = knob(4, 1, 2, 4)
+    items: int = knob(16, 4, 8, 16, 32)
+    range_rows: int = knob(512, 128, 256, 512, 1024)
 
     @classmethod
     def by_level(cls, level: str) -> dict[str, int]:
@@ -263,7 +221,7 @@ class IndexSchedule(Schedule):
 
 
 @dataclass(frozen=True)
-class MHCSchedule(Schedule):
+class MHCSchedule(LeveledSchedule):
     """Hyper-connections.
 
     Attributes:
@@ -278,12 +236,12 @@ class MHCSchedule(Schedule):
         serial_rows: up to so many tokens, what is left to do per token takes as long as to launch threads for it.
     """
 
-    part_vectors: int = _knob(64, 16, 32, 64, 128)
-    rows_per_task: int = _knob(16, 4, 8, 16, 32)
-    min_tasks: int = _knob(4, 1, 2, 4, 8, 16)
-    row_block: int = _knob(2, 1, 2, 3, 4)
-    output_block: int = _knob(6, 2, 3, 4, 6, 8, 12)
-    serial_rows: int = _knob(2, 1, 2, 4, 8)
+    part_vectors: int = knob(64, 16, 32, 64, 128)
+    rows_per_task: int = knob(16, 4, 8, 16, 32)
+    min_tasks: int = knob(4, 1, 2, 4, 8, 16)
+    row_block: int = knob(2, 1, 2, 3, 4)
+    output_block: int = knob(6, 2, 3, 4, 6, 8, 12)
+    serial_rows: int = knob(2, 1, 2, 4, 8)
 
     @classmethod
     def by_level(cls, level: str) -> dict[str, int]:

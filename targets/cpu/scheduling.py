@@ -1,19 +1,22 @@
-"""Which schedule a kernel gets: one that was found by tuning its shape, or the default of its x86-64 level.
+"""Which CPU kernels have a schedule, and the default of each: what comes with v4c for its shape, or its level's.
 
-`FAMILIES` is the one list of kernels that have a schedule. A kernel's key leaves out what makes no difference to how
-its work is cut: the numbers of a formula, such as epsilons, and whether a norm goes first.
+`FAMILIES` is the one list of them; how a schedule is chosen is every target's (`v4c.targets.scheduler`).
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
 from typing import Any
 
-from v4c.errors import UnsupportedError
 from v4c.passes.relax.kernels import Kernel
 
+from ..schedule import Schedule
+from ..scheduler import Arguments, Scheduler, Tunable, key, named
+from ..tuning_database import Record, TuningDatabase, processor
 from .kernels.attention import compressed_sparse_attention, heavily_compressed_attention, sliding_window_attention
 from .kernels.experts import grouped_experts, mixture_of_experts
 from .kernels.grouped_linear import grouped_linear
@@ -30,17 +33,11 @@ from .schedule import (
     AttentionSchedule,
     ExpertSchedule,
     IndexSchedule,
+    LeveledSchedule,
     MHCSchedule,
     ProductSchedule,
-    Schedule,
     UnpackedSchedule,
 )
-from .tuning_database import KernelKey, Record, TuningDatabase, TuningError, digest, processor, shipped
-
-SCHEDULE = "schedule"
-"""The factories' argument."""
-
-Arguments = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class Family:
         searched: numbers that a search tries; all of the class if None.
     """
 
-    schedule: type[Schedule]
+    schedule: type[LeveledSchedule]
     outputs: Callable[[Arguments], tuple[int, int]] | None = None
     searched: tuple[str, ...] | None = None
 
@@ -88,131 +85,37 @@ FAMILIES: dict[Callable[..., Any], Family] = {
 BY_NAME = {factory.__name__: factory for factory in FAMILIES}
 
 
-@dataclass(frozen=True)
-class Tunable:
-    """A kernel that has a schedule.
-
-    Attributes:
-        key: what its schedule is chosen by.
-        kernel: factory and arguments, without the schedule.
-        default: the schedule it has untuned: what comes with v4c for its shape, or its level's.
-        shipped: the record with v4c that says so, if there is one.
-    """
-
-    key: KernelKey
-    kernel: Kernel
-    default: Schedule
-    shipped: Record | None
-
-    @classmethod
-    def of(cls, kernel: Kernel, level: str) -> Tunable | None:
-        """`kernel` for an x86-64 level; None if it has no schedule."""
-        family = FAMILIES.get(kernel.factory)
-        if family is None:
-            return None
-        arguments = named(kernel)
-        key = _key(kernel, arguments, level)
-        record = shipped().find(key)
-        if record is None or record.parameters is None:
-            return cls(key, kernel, family.default(arguments, level), None)
-        return cls(key, kernel, family.schedule.from_parameters(record.parameters, f"shipped {key}"), record)
-
-    @property
-    def choices(self) -> dict[str, tuple[int, ...]]:
-        """What a search tries, by number; the default's own value is always among it."""
-        family = FAMILIES[self.kernel.factory]
-        names = family.searched
-        if names is None and self.key.dtype in (
-            *QUANTISED,
-            "fp4",
-        ):  # its sums are integers, which `quant_product` places
-            names = ("row_block", "block_bytes", "rows_per_task")
-        own, tried = self.default.parameters, family.schedule.choices()
-        return {
-            name: tuple(sorted({*values, own[name]})) if names is None or name in names else (own[name],)
-            for name, values in tried.items()
-        }
-
-    def schedule(self, parameters: Mapping[str, Any]) -> Schedule:
-        """A schedule of its kind; UnsupportedError if these are not its numbers."""
-        return FAMILIES[self.kernel.factory].schedule.from_parameters(parameters, str(self.key))
-
-    def with_arguments(self, arguments: Arguments) -> Tunable:
-        """The same for other static sizes, by name, and with the same default."""
-        return replace(self, kernel=Kernel(self.kernel.factory, tuple(arguments.values())))
-
-    def scheduled(self, schedule: Schedule) -> Kernel:
-        """The kernel with that schedule."""
-        bound = inspect.signature(self.kernel.factory).bind(*self.kernel.arguments)
-        bound.apply_defaults()
-        bound.arguments[SCHEDULE] = schedule
-        return Kernel(self.kernel.factory, bound.args)
+def tunable(kernel: Kernel, level: str) -> Tunable | None:
+    """`kernel` for an x86-64 level; None if it has no schedule."""
+    family = FAMILIES.get(kernel.factory)
+    if family is None:
+        return None
+    found = key(kernel, level)
+    searched = family.searched
+    # Sums of quantised products are integers, which `quant_product` places; and only these products have code of their
+    # own at the level that extends the psABI's.
+    if found.dtype in (*QUANTISED, "fp4"):
+        searched = searched or ("row_block", "block_bytes", "rows_per_task")
+    else:
+        found = replace(found, level=psabi(level))
+    record = shipped().find(found)
+    if record is None or record.parameters is None:
+        return Tunable(found, kernel, family.default(named(kernel), level), searched)
+    default = family.schedule.from_parameters(record.parameters, f"shipped {found}")
+    return Tunable(found, kernel, default, searched, record)
 
 
-def named(kernel: Kernel) -> dict[str, Any]:
-    """A factory's arguments by name, without the schedule."""
-    bound = inspect.signature(kernel.factory).bind(*kernel.arguments)
-    bound.apply_defaults()
-    return {name: value for name, value in bound.arguments.items() if name != SCHEDULE}
+@cache
+def shipped() -> TuningDatabase:
+    """The schedules that come with v4c, for common shapes."""
+    records: list[Record] = []
+    folder = resources.files(__package__).joinpath("tuned")
+    for file in sorted(folder.iterdir(), key=lambda f: f.name):
+        if file.name.endswith(".json"):
+            records += TuningDatabase.from_document(json.loads(file.read_text()), file.name)
+    return TuningDatabase(records)
 
 
-def _key(kernel: Kernel, arguments: Arguments, level: str) -> KernelKey:
-    sizes = {
-        name: tuple(value) if isinstance(value, tuple | list) else value
-        for name, value in arguments.items()
-        if isinstance(value, tuple | list) or type(value) is int
-    }
-    dtype = next((value for value in arguments.values() if isinstance(value, str)), "float32")
-    # Only products with quantised weights have code of their own at the level that extends the psABI's.
-    found = level if dtype in (*QUANTISED, "fp4") else psabi(level)
-    return KernelKey(kernel.factory.__name__, tuple(sorted(sizes.items())), dtype, found)
-
-
-class Scheduler:
-    """Schedules kernels as they are asked for, and keeps account of it.
-
-    Args:
-        level: x86-64 level of the code.
-        tuning: records to prefer to those that come with v4c.
-
-    Attributes:
-        tunable: the kernels that have a schedule, by key, in the order in which they were first asked for.
-    """
-
-    def __init__(self, level: str, tuning: TuningDatabase | None) -> None:
-        self._level = level
-        self._tuning = tuning
-        self.tunable: dict[KernelKey, Tunable] = {}
-        self._used: dict[KernelKey, Record] = {}
-
-    def scheduled(self, kernel: Kernel) -> Kernel:
-        """The kernel with its schedule, or as it is if it has none.
-
-        Raises:
-            TuningError: the database has a record for it that does not fit it.
-        """
-        tunable = Tunable.of(kernel, self._level)
-        if tunable is None:
-            return kernel
-        self.tunable.setdefault(tunable.key, tunable)
-        record = None if self._tuning is None else self._tuning.find(tunable.key, processor())
-        if record is None or record.parameters is None:
-            return tunable.scheduled(tunable.default)
-        self._used[tunable.key] = record
-        try:
-            return tunable.scheduled(tunable.schedule(record.parameters))
-        except UnsupportedError as error:
-            raise TuningError(f"tuning database: {error}; tune again") from None
-
-    def notes(self) -> dict[str, Any]:
-        """For the manifest: how many kernels have a schedule, and where it is from.
-
-        ``records`` and ``sha256`` are of the tuning database given, as far as it was used.
-        """
-        used = list(self._used.values())
-        return {
-            "kernels": len(self.tunable),
-            "shipped": sum(t.shipped is not None for key, t in self.tunable.items() if key not in self._used),
-            "records": len(used),
-            "sha256": digest(used) if used else None,
-        }
+def scheduler(level: str, tuning: TuningDatabase | None = None) -> Scheduler:
+    """Of CPU kernels in code of an x86-64 level; records of this machine's processor are preferred."""
+    return Scheduler(lambda kernel: tunable(kernel, level), tuning, processor())

@@ -16,11 +16,11 @@ from v4c.passes.pipeline import PassOptions, relax_pipeline
 from v4c.passes.relax.kernel_table import kernel_table
 from v4c.passes.relax.layouts import WeightSpec
 
+from ..tuning_database import TuningDatabase
 from .levels import GENERIC, LEVELS, machine_features, psabi
 from .lowering import CPUKernels
 from .packing import pack, pack_unit
 from .stack import on_stack
-from .tuning_database import TuningDatabase
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 
 from v4c.passes.relax.kernels import Kernel
 
-from .scheduling import BY_NAME, Tunable, named
+from ..scheduler import Tunable, named
+from .scheduling import BY_NAME, tunable
 from .stack import on_stack
 from .target import CPUTarget
 from .tune_data import Calls, fewer_experts
@@ -108,12 +109,12 @@ def _timed(call: Callable[[], Any], number: int) -> float:
 
 
 @cache
-def _tunable(op: str, arguments: str, level: str) -> tuple[Tunable, dict[str, Any]]:
+def _described(op: str, arguments: str, level: str) -> tuple[Tunable, dict[str, Any]]:
     restored = tuple(tuple(a) if isinstance(a, list) else a for a in json.loads(arguments))
     kernel = Kernel(BY_NAME[op], restored)
-    tunable = Tunable.of(kernel, level)
-    assert tunable is not None
-    return tunable, named(kernel)
+    found = tunable(kernel, level)
+    assert found is not None
+    return found, named(kernel)
 
 
 _last: dict[tuple[Any, ...], Calls] = {}
@@ -122,9 +123,9 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 def _built(op: str, arguments: str, level: str, parameters: str, rows: int) -> tuple[Callable[..., Any], Calls]:
     """A compiled kernel as decode (one row, sizes constant) or prefill (any) has it, and arguments to call it with."""
-    tunable, own = _tunable(op, arguments, level)
+    described, own = _described(op, arguments, level)
     fewer, scaled = fewer_experts(own, rows)
-    kernel = tunable.with_arguments(fewer).scheduled(tunable.schedule(json.loads(parameters)))
+    kernel = described.with_arguments(fewer).scheduled(described.schedule(json.loads(parameters)))
     problem = (op, arguments, level)
     if any(key[:3] != problem for key in _last):  # another kernel's data and code are not needed any more
         _last.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from v4c.custom_ops import CustomOp, TensorSpec
@@ -10,6 +10,8 @@ from v4c.errors import UnsupportedError
 from v4c.passes.relax.kernels import Kernel
 from v4c.passes.relax.layouts import WeightSpec
 
+from ..op_sizes import SIZES, Attributes
+from ..scheduler import Scheduler
 from . import packing
 from .kernels.attention import compressed_sparse_attention, heavily_compressed_attention, sliding_window_attention
 from .kernels.compress import kv_compress, kv_compress_pair
@@ -20,109 +22,36 @@ from .kernels.mhc import mhc_head, mhc_post, mhc_post_pre_norm, mhc_pre, mhc_pre
 from .kernels.products import grouped_linear, merged_linear
 from .kernels.routing import hash_route, hash_router, topk_route, topk_router
 from .kernels.rows import add, rms_norm, rotary_query_kv, swiglu, trailing_rope
-from .scheduling import Scheduler
 
-Inputs = Mapping[str, TensorSpec]
-Attributes = Mapping[str, Any]
-
-
-def _size(inputs: Inputs, name: str, axis: int) -> int:
-    """A static dimension of an input."""
-    return int(inputs[name].shape[axis])
-
-
-def _attention_sizes(i: Inputs) -> tuple[int, int, int]:
-    """Heads, head width and window of an attention op."""
-    return _size(i, "q", 2), _size(i, "q", 3), _size(i, "window", 1)
-
-
-def _rotary(i: Inputs) -> int:
-    """Dims that are rotated; 0 of an op that rotates none."""
-    return 2 * _size(i, "inv_freq", 0) if "inv_freq" in i else 0
-
-
-def _csa(i: Inputs, a: Attributes) -> Kernel:
-    return Kernel(compressed_sparse_attention, (*_attention_sizes(i), _size(i, "indices", 2), a["scale"], _rotary(i)))
-
-
-def _hca(i: Inputs, a: Attributes) -> Kernel:
-    return Kernel(heavily_compressed_attention, (*_attention_sizes(i), a["ratio"], a["scale"], _rotary(i)))
-
-
-def _sliding(i: Inputs, a: Attributes) -> Kernel:
-    return Kernel(sliding_window_attention, (*_attention_sizes(i), a["scale"], _rotary(i)))
-
-
-def _index(i: Inputs, a: Attributes) -> Kernel:
-    return Kernel(lightning_index, (_size(i, "q", 2), _size(i, "q", 3), a["ratio"], a["top_k"], _rotary(i)))
-
-
-def _experts(i: Inputs, a: Attributes) -> tuple[Any, ...]:
-    """Experts, hidden size, expert width, experts per token, clamp and weight dtype of a routed expert op."""
-    return (
-        _size(i, "gate_up", 0), _size(i, "x", 2), _size(i, "down", 2), _size(i, "indices", 2), a["limit"],
-        i["gate_up"].dtype,
-    )  # fmt: skip
-
-
-def _streams(i: Inputs) -> tuple[int, int]:
-    """Number of streams and their width."""
-    return _size(i, "streams", 2), _size(i, "streams", 3)
-
-
-_CUSTOM: dict[str, Callable[[Inputs, Attributes], Kernel]] = {
-    "TrailingRope": lambda i, a: Kernel(trailing_rope, (_size(i, "x", 2), _size(i, "x", 3), _rotary(i), a["sign"])),
-    "RotaryQueryKV": lambda i, a: Kernel(
-        rotary_query_kv, (_size(i, "q", 2), _size(i, "q", 3), _rotary(i), a["q_eps"], a["kv_eps"])
-    ),
-    "KVCompress": lambda i, a: Kernel(
-        kv_compress, (_size(i, "kv", 2), _size(i, "rows", 2), _rotary(i), a["ratio"], a["eps"])
-    ),
-    "KVCompressPair": lambda i, a: Kernel(
-        kv_compress_pair,
-        (
-            _size(i, "kv", 2), _size(i, "rows", 2), _size(i, "index_kv", 2), _size(i, "index_rows", 2), _rotary(i),
-            a["ratio"], a["eps"],
-        ),
-    ),
-    "LightningIndex": _index,
-    "RotaryLightningIndex": _index,
-    "CompressedSparseAttention": _csa,
-    "DerotatedCSA": _csa,
-    "HeavilyCompressedAttention": _hca,
-    "DerotatedHCA": _hca,
-    "SlidingWindowAttention": _sliding,
-    "DerotatedSlidingAttention": _sliding,
-    "MHCPre": lambda i, a: Kernel(mhc_pre, (*_streams(i), a["iterations"], a["hc_eps"], a["norm_eps"])),
-    "MHCPreNorm": lambda i, a: Kernel(
-        mhc_pre_norm, (*_streams(i), a["iterations"], a["hc_eps"], a["norm_eps"], a["eps"])
-    ),
-    "MHCPostPreNorm": lambda i, a: Kernel(
-        mhc_post_pre_norm, (*_streams(i), a["iterations"], a["hc_eps"], a["norm_eps"], a["eps"])
-    ),
-    "MHCPost": lambda i, a: Kernel(mhc_post, _streams(i)),
-    "MHCHead": lambda i, a: Kernel(mhc_head, (*_streams(i), a["hc_eps"], a["norm_eps"])),
-    "TopKRoute": lambda i, a: Kernel(topk_route, (_size(i, "logits", 2), a["top_k"], a["scaling"])),
-    "HashRoute": lambda i, a: Kernel(hash_route, (_size(i, "logits", 2), _size(i, "table", 1), a["scaling"])),
-    "TopKRouter": lambda i, a: Kernel(
-        topk_router, (_size(i, "weight", 0), _size(i, "x", 2), a["top_k"], a["scaling"], i["weight"].dtype)
-    ),
-    "HashRouter": lambda i, a: Kernel(
-        hash_router, (_size(i, "weight", 0), _size(i, "x", 2), _size(i, "indices", 2), a["scaling"])
-    ),
-    "ClampedSwiGLU": lambda i, a: Kernel(swiglu, (_size(i, "gate", 2), a["limit"])),
-    "GroupedExperts": lambda i, a: Kernel(grouped_experts, _experts(i, a)),
-    "MixtureOfExperts": lambda i, a: Kernel(mixture_of_experts, (*_experts(i, a), _size(i, "shared_down", 1))),
-    "EngramHash": lambda i, a: Kernel(
-        engram_hash, (_size(i, "multipliers", 0), _size(i, "primes", 0), a["pad_id"])
-    ),
-    "EngramLookup": lambda i, a: Kernel(
-        engram_lookup, (_size(i, "addresses", 2), _size(i, "table", 1), i["table"].dtype)
-    ),
-    "EngramGateConv": lambda i, a: Kernel(
-        engram_gate_conv, (*_streams(i), _size(i, "conv_weight", 1), a["dilation"], a["eps"])
-    ),
-}  # fmt: skip
+_FACTORIES: dict[str, Callable[..., Any]] = {
+    "TrailingRope": trailing_rope,
+    "RotaryQueryKV": rotary_query_kv,
+    "KVCompress": kv_compress,
+    "KVCompressPair": kv_compress_pair,
+    "LightningIndex": lightning_index,
+    "RotaryLightningIndex": lightning_index,
+    "CompressedSparseAttention": compressed_sparse_attention,
+    "DerotatedCSA": compressed_sparse_attention,
+    "HeavilyCompressedAttention": heavily_compressed_attention,
+    "DerotatedHCA": heavily_compressed_attention,
+    "SlidingWindowAttention": sliding_window_attention,
+    "DerotatedSlidingAttention": sliding_window_attention,
+    "MHCPre": mhc_pre,
+    "MHCPreNorm": mhc_pre_norm,
+    "MHCPostPreNorm": mhc_post_pre_norm,
+    "MHCPost": mhc_post,
+    "MHCHead": mhc_head,
+    "TopKRoute": topk_route,
+    "HashRoute": hash_route,
+    "TopKRouter": topk_router,
+    "HashRouter": hash_router,
+    "ClampedSwiGLU": swiglu,
+    "GroupedExperts": grouped_experts,
+    "MixtureOfExperts": mixture_of_experts,
+    "EngramHash": engram_hash,
+    "EngramLookup": engram_lookup,
+    "EngramGateConv": engram_gate_conv,
+}
 
 
 class CUDAKernels:
@@ -132,9 +61,10 @@ class CUDAKernels:
         self.scheduler = scheduler
 
     def custom(self, op: CustomOp, inputs: Sequence[TensorSpec], attributes: Attributes) -> Kernel:
-        if op.name not in _CUSTOM:
+        if op.name not in _FACTORIES:
             raise UnsupportedError(f"operator {op.name}: no CUDA kernel")
-        return self.scheduler.scheduled(_CUSTOM[op.name](dict(zip(op.inputs, inputs, strict=True)), attributes))
+        sizes = SIZES[op.name](dict(zip(op.inputs, inputs, strict=True)), attributes)
+        return self.scheduler.scheduled(Kernel(_FACTORIES[op.name], sizes))
 
     def linear(self, sizes: tuple[int, ...], k: int, dtype: str, norm_eps: float | None) -> Kernel:
         return self.scheduler.scheduled(Kernel(merged_linear, (sizes, k, dtype, norm_eps)))

@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, Self
+from dataclasses import dataclass
 
-from v4c.errors import UnsupportedError
-
-
-def _knob(default: int, *choices: int) -> Any:
-    return field(default=default, metadata={"choices": (default, *choices) if default not in choices else choices})
+from ..schedule import Schedule, knob
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Numbers of one kind of kernel."""
+class TemplateSchedule(Schedule):
+    """A schedule whose numbers become template arguments: the device functions are made for the choices alone."""
 
-    @classmethod
-    def choices(cls) -> dict[str, tuple[int, ...]]:
-        """What a search tries, by number."""
-        return {f.name: f.metadata["choices"] for f in fields(cls)}
-
-    @property
-    def parameters(self) -> dict[str, int]:
-        """The numbers by name."""
-        return asdict(self)
-
-    @classmethod
-    def from_parameters(cls, parameters: Mapping[str, Any], where: str) -> Self:
-        """A schedule from a database's numbers; UnsupportedError names `where` and what is wrong."""
-        expected = {f.name for f in fields(cls) if f.default is not MISSING}
-        if set(parameters) != expected:
-            raise UnsupportedError(f"{where}: expected {sorted(expected)}, found {sorted(parameters)}")
-        for name, value in parameters.items():
-            if type(value) is not int or value not in cls.choices()[name]:
-                raise UnsupportedError(f"{where}: {name}: expected one of {cls.choices()[name]}, found {value!r}")
-        return cls(**parameters)
+    def problem(self) -> str | None:
+        for name, choices in self.choices().items():
+            if getattr(self, name) not in choices:
+                return f"{name}: expected one of {', '.join(map(str, choices))}, found {getattr(self, name)}"
+        return None
 
 
 @dataclass(frozen=True)
-class ProductSchedule(Schedule):
+class ProductSchedule(TemplateSchedule):
     """A product with a weight.
 
     Attributes:
@@ -50,10 +29,10 @@ class ProductSchedule(Schedule):
         small_tile_rows: up to so many rows, tiles of 64 rows rather than 128.
     """
 
-    few_rows: int = _knob(8, 1, 2, 4, 8)
-    warp_outputs: int = _knob(4, 1, 2, 4)
-    fill: int = _knob(10, 2, 5, 10, 20)
-    small_tile_rows: int = _knob(64, 64, 128, 256)
+    few_rows: int = knob(8, 1, 2, 4, 8)
+    warp_outputs: int = knob(4, 1, 2, 4)
+    fill: int = knob(10, 2, 5, 10, 20)
+    small_tile_rows: int = knob(64, 64, 128, 256)
 
     def outputs_per_warp(self, outputs: int, rows: int) -> int:
         """Outputs a warp computes for up to `rows` rows: several reads under way, but warps for every processor."""
@@ -67,7 +46,7 @@ class ProductSchedule(Schedule):
 
 
 @dataclass(frozen=True)
-class AttentionSchedule(Schedule):
+class AttentionSchedule(TemplateSchedule):
     """Attention.
 
     Attributes:
@@ -76,13 +55,13 @@ class AttentionSchedule(Schedule):
         warps: of a block, each of two heads, at most.
     """
 
-    split_tokens: int = _knob(16, 4, 8, 16, 32)
-    splits: int = _knob(16, 4, 8, 16, 32, 64)
-    warps: int = _knob(8, 2, 4, 8)
+    split_tokens: int = knob(16, 4, 8, 16, 32)
+    splits: int = knob(16, 4, 8, 16, 32, 64)
+    warps: int = knob(8, 2, 4, 8)
 
 
 @dataclass(frozen=True)
-class ExpertSchedule(Schedule):
+class ExpertSchedule(TemplateSchedule):
     """Routed experts.
 
     Attributes:
@@ -90,30 +69,30 @@ class ExpertSchedule(Schedule):
         tile_rows: pairs in a tile on the tensor cores.
     """
 
-    few_tokens: int = _knob(8, 2, 4, 8, 16, 32)
-    tile_rows: int = _knob(64, 64, 128)
+    few_tokens: int = knob(8, 2, 4, 8, 16, 32)
+    tile_rows: int = knob(64, 64, 128)
 
 
 @dataclass(frozen=True)
-class IndexSchedule(Schedule):
+class IndexSchedule(TemplateSchedule):
     """The lightning indexer.
 
     Attributes:
         tokens: tokens whose scores are held at once: memory is so many times the compressed rows of the capacity.
     """
 
-    tokens: int = _knob(32, 8, 16, 32, 64)
+    tokens: int = knob(32, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
-class MHCSchedule(Schedule):
+class MHCSchedule(TemplateSchedule):
     """Hyper-connections.
 
     Attributes:
         columns: of each stream that one block takes of the product.
     """
 
-    columns: int = _knob(512, 256, 512, 1024, 2048)
+    columns: int = knob(512, 256, 512, 1024, 2048)
 
     def splits(self, width: int) -> int:
         """Blocks per token."""

@@ -16,13 +16,13 @@ from v4c.passes.relax.kernel_table import kernel_table
 from v4c.passes.relax.layouts import Storage, WeightSpec
 from v4c.runtime import cuda_library
 
-from ..cpu.tuning_database import TuningDatabase
+from ..tuning_database import TuningDatabase
 from . import packing, toolchain
 from .architectures import ARCHITECTURES, DEFAULT, Architecture, find
 from .device_module import Compiler, machine_code
 from .launch import CTYPES
 from .lowering import CUDAKernels
-from .scheduling import Scheduler
+from .scheduling import scheduler
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class CUDATarget:
 
     @cached_property
     def kernels(self) -> CUDAKernels:
-        return CUDAKernels(Scheduler(self.architecture.name, self.tuning))
+        return CUDAKernels(scheduler(self.architecture.name, self.tuning))
 
     @property
     def notes(self) -> dict[str, Any]:

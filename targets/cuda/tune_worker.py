@@ -1,6 +1,6 @@
 """The tuner's child process on a GPU: builds two schedules of a kernel and measures them in turns. It may crash.
 
-It speaks as the CPU's worker does (`v4c.targets.cpu.tune_process`): lines of JSON.
+It speaks as the CPU's worker does (`v4c.targets.tune_process`): lines of JSON.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from v4c.passes.relax.kernels import Kernel
 
 from .architectures import find
 from .measure import Bench
-from .scheduling import FAMILIES, Tunable
+from .scheduling import BY_NAME, tunable
 
-BY_NAME = {factory.__name__: factory for factory in FAMILIES}
 ROUNDS = 9
 CONTEXT_ROWS = 1024
 """Compressed rows that attention and indexer see."""
@@ -48,19 +47,19 @@ def measure(
 ) -> dict[str, Any]:  # fmt: skip
     """Times of two schedules of one kernel; arguments and result as of `v4c.targets.cpu.tune_worker.measure`."""
     sizes = tuple(tuple(a) if isinstance(a, list) else a for a in arguments)
-    tunable = Tunable.of(Kernel(BY_NAME[op], sizes), level)
-    assert tunable is not None
+    found = tunable(Kernel(BY_NAME[op], sizes), level)
+    assert found is not None
     device = on(level)
     times: dict[str, dict[str, float]] = {"default_us": {}, "candidate_us": {}, "ratio": {}, "wins": {}}
     for count in rows:
         dims = {"b": 1, "s": count, "m": count, "n": CONTEXT_ROWS}
-        both = [device.calls(tunable.scheduled(tunable.schedule(p)), dims) for p in (default, candidate)]
+        both = [device.calls(found.scheduled(found.schedule(p)), dims) for p in (default, candidate)]
         # In turns, and each first as often as the other: clocks and caches drift.
         pairs = []
         for number in range(ROUNDS):
             order = (0, 1) if number % 2 == 0 else (1, 0)
-            found = {which: device.milliseconds(both[which], seconds / ROUNDS) for which in order}
-            pairs.append((found[0], found[1]))
+            taken = {which: device.milliseconds(both[which], seconds / ROUNDS) for which in order}
+            pairs.append((taken[0], taken[1]))
         key = str(count)
         times["default_us"][key] = 1e3 * statistics.median(a for a, _ in pairs)
         times["candidate_us"][key] = 1e3 * statistics.median(b for _, b in pairs)

@@ -22,9 +22,10 @@ from v4c.targets.cpu.schedule import (
     ProductSchedule,
     Schedule,
 )
-from v4c.targets.cpu.scheduling import BY_NAME, FAMILIES, Scheduler, Tunable, named
+from v4c.targets.cpu.scheduling import BY_NAME, FAMILIES, scheduler, tunable
 from v4c.targets.cpu.tune_data import Calls
-from v4c.targets.cpu.tuning_database import Machine, Record, TuningDatabase, TuningError
+from v4c.targets.scheduler import Tunable, named
+from v4c.targets.tuning_database import Machine, Record, TuningDatabase, TuningError
 
 ALL_LEVELS = (*LEVELS, "generic")
 HERE = Machine("a processor", 2, 2)
@@ -49,15 +50,15 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
 
 
 def small(name: str, level: str = "x86-64-v4") -> Tunable:
-    tunable = Tunable.of(Kernel(BY_NAME[name], ARGUMENTS[name]), level)
-    assert tunable is not None
-    return tunable
+    found = tunable(Kernel(BY_NAME[name], ARGUMENTS[name]), level)
+    assert found is not None
+    return found
 
 
-def results(tunable: Tunable, schedule: Schedule, rows: int) -> list[np.ndarray]:
+def results(known: Tunable, schedule: Schedule, rows: int) -> list[np.ndarray]:
     """All arguments after a call with fixed random ones: outputs, and state that was updated in place."""
-    kernel = tunable.scheduled(schedule)
-    calls = Calls(kernel.build(), named(tunable.kernel), rows)
+    kernel = known.scheduled(schedule)
+    calls = Calls(kernel.build(), named(known.kernel), rows)
     arrays = [tensor.numpy() for tensor in calls.next()]
     tensors = [tvm.runtime.tensor(a) for a in arrays]
     compiled(kernel.factory, *kernel.arguments)["main"](*tensors)
@@ -88,11 +89,11 @@ def test_results_do_not_depend_on_the_schedule(name: str) -> None:
 @settings(deadline=None, max_examples=5)
 @given(st.data())
 def test_products_by_any_schedule(data: st.DataObject) -> None:
-    tunable = small("merged_linear")
-    chosen = {name: data.draw(st.sampled_from(values), name) for name, values in tunable.choices.items()}
+    known = small("merged_linear")
+    chosen = {name: data.draw(st.sampled_from(values), name) for name, values in known.choices.items()}
     rows = data.draw(st.integers(1, 20), "rows")
-    found = results(tunable, tunable.schedule(chosen), rows)
-    for y, expected in zip(found, results(tunable, tunable.default, rows), strict=True):
+    found = results(known, known.schedule(chosen), rows)
+    for y, expected in zip(found, results(known, known.default, rows), strict=True):
         np.testing.assert_allclose(y, expected, rtol=2e-5, atol=2e-6)
 
 
@@ -126,7 +127,7 @@ def test_partial_sums_divide_the_reduction(rows: int, k: int, level: str) -> Non
         (AttentionSchedule, {"row_tile": 16}),
     ],
 )  # fmt: skip
-def test_numbers_that_no_kernel_can_have_are_refused(kind: type[Schedule], numbers: dict[str, Any]) -> None:
+def test_numbers_that_no_knowncan_have_are_refused(kind: type[Schedule], numbers: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedError, match=f"{kind.__name__}: .*expected"):
         kind(**numbers)
 
@@ -142,10 +143,10 @@ def test_parameters_must_be_those_of_the_class() -> None:
 def test_the_default_follows_level_and_shape() -> None:
     wide = Kernel(BY_NAME["merged_linear"], ((1024,), 64, "float32", None, False))
     for level, rows in (("x86-64-v4", 7), ("x86-64-v3", 6), ("x86-64-v2", 2), ("generic", 2)):
-        tunable = Tunable.of(wide, level)
-        assert tunable is not None
-        assert tunable.default.parameters["row_block"] == rows
-        assert tunable.default.parameters["rows_per_task"] == 256
+        known = tunable(wide, level)
+        assert known is not None
+        assert known.default.parameters["row_block"] == rows
+        assert known.default.parameters["rows_per_task"] == 256
     assert small("merged_linear").default.parameters["rows_per_task"] == 32  # few panels: rows are shared out as well
 
 
@@ -153,7 +154,7 @@ def test_a_key_leaves_out_what_makes_no_difference() -> None:
     plain = Kernel(BY_NAME["merged_linear"], ((64,), 64, "float32", None, False))
     normed = Kernel(BY_NAME["merged_linear"], ((64,), 64, "float32", 1e-6, True))
     quantised = Kernel(BY_NAME["merged_linear"], ((64,), 64, "int8", None, True))
-    keys = {k: Tunable.of(kernel, "x86-64-v4-vnni").key for k, kernel in enumerate((plain, normed, quantised))}  # type: ignore[union-attr]
+    keys = {k: tunable(kernel, "x86-64-v4-vnni").key for k, kernel in enumerate((plain, normed, quantised))}  # type: ignore[union-attr]
     assert keys[0] == keys[1]
     assert keys[0].level == "x86-64-v4"
     assert keys[2].level == "x86-64-v4-vnni"
@@ -162,25 +163,25 @@ def test_a_key_leaves_out_what_makes_no_difference() -> None:
 
 def test_a_record_takes_the_defaults_place() -> None:
     kernel = Kernel(BY_NAME["merged_linear"], ARGUMENTS["merged_linear"])
-    tunable = small("merged_linear")
-    numbers = {**tunable.default.parameters, "row_block": 3}
-    database = TuningDatabase([Record(tunable.key, HERE, numbers, finished=True)])
-    scheduler = Scheduler("x86-64-v4", database)
-    assert scheduler.scheduled(kernel).arguments[-1] == tunable.schedule(numbers)
-    assert scheduler.scheduled(Kernel(BY_NAME["mhc_post"], (4, 80))).arguments[-1] == MHCSchedule()
-    notes = scheduler.notes()
+    known = small("merged_linear")
+    numbers = {**known.default.parameters, "row_block": 3}
+    database = TuningDatabase([Record(known.key, HERE, numbers, finished=True)])
+    schedules = scheduler("x86-64-v4", database)
+    assert schedules.scheduled(kernel).arguments[-1] == known.schedule(numbers)
+    assert schedules.scheduled(Kernel(BY_NAME["mhc_post"], (4, 80))).arguments[-1] == MHCSchedule()
+    notes = schedules.notes()
     assert (notes["kernels"], notes["records"]) == (2, 1)
     assert len(notes["sha256"]) == 64
     # Another level, another kernel: the record is not for it. One whose default was kept changes nothing.
     assert (
-        Scheduler("x86-64-v3", database).scheduled(kernel).arguments[-1] == small("merged_linear", "x86-64-v3").default
+        scheduler("x86-64-v3", database).scheduled(kernel).arguments[-1] == small("merged_linear", "x86-64-v3").default
     )
-    kept = TuningDatabase([Record(tunable.key, HERE, None, finished=True)])
-    assert Scheduler("x86-64-v4", kept).scheduled(kernel).arguments[-1] == tunable.default
+    kept = TuningDatabase([Record(known.key, HERE, None, finished=True)])
+    assert scheduler("x86-64-v4", kept).scheduled(kernel).arguments[-1] == known.default
 
 
 def test_a_record_of_other_numbers_is_an_error() -> None:
-    tunable = small("merged_linear")
-    database = TuningDatabase([Record(tunable.key, HERE, {"tile": 3}, finished=True)])
+    known = small("merged_linear")
+    database = TuningDatabase([Record(known.key, HERE, {"tile": 3}, finished=True)])
     with pytest.raises(TuningError, match=r"merged_linear .*: expected the numbers .*, found tile; tune again"):
-        Scheduler("x86-64-v4", database).scheduled(tunable.kernel)
+        scheduler("x86-64-v4", database).scheduled(known.kernel)

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from tests.targets.test_cpu_schedule import ARGUMENTS, small
-from v4c.targets.cpu.scheduling import BY_NAME, named
-from v4c.targets.cpu.tune import Search, clearly_beaten, tune, value
+from v4c.targets.cpu.scheduling import BY_NAME
+from v4c.targets.cpu.tune import COMMAND
 from v4c.targets.cpu.tune_data import MOST_BYTES, Calls, fewer_experts
-from v4c.targets.cpu.tune_process import TrialFailed, Worker
 from v4c.targets.cpu.tune_worker import cautious_ratio
-from v4c.targets.cpu.tuning_database import Machine, Record, TuningDatabase
+from v4c.targets.schedule_search import Search, clearly_beaten, tune, value
+from v4c.targets.scheduler import named
+from v4c.targets.tune_process import TrialFailed, Worker
+from v4c.targets.tuning_database import Machine, Record, TuningDatabase
 
 STUB = (sys.executable, str(Path(__file__).with_name("tune_stub.py")))
 HERE = Machine("a processor", 2, 2)
@@ -83,7 +85,7 @@ def test_the_search_finds_the_best_that_works(stub: Worker) -> None:
 def test_the_defaults_neighbours_come_first(stub: Worker) -> None:
     kernel, database = small("sliding_window_attention"), TuningDatabase()
     own = kernel.default.parameters
-    tune([kernel], database, Even(2, 1.0), Search(12, "x86-64-v4", HERE), lambda: None)
+    tune([kernel], database, Even(2, 1.0, STUB), Search(12, "x86-64-v4", HERE), lambda: None)
     tried = [t.parameters for t in next(iter(database)).trials]
     changed = [{name for name in own if t[name] != own[name]} for t in tried[:10]]
     assert all(len(names) == 1 for names in changed)
@@ -130,7 +132,7 @@ class Even(Worker):
 
 
 def test_the_default_stays_unless_it_is_clearly_beaten() -> None:
-    (record,) = tune([small("mhc_post")], TuningDatabase(), Even(2, 1.0), SEARCH, lambda: None)
+    (record,) = tune([small("mhc_post")], TuningDatabase(), Even(2, 1.0, STUB), SEARCH, lambda: None)
     assert record.parameters is None
     assert record.gain == 1.0
     assert record.default_us == record.tuned_us == {"1": 5.0, "128": 50.0}
@@ -190,7 +192,7 @@ def test_arguments_are_what_a_model_would_pass(name: str) -> None:
 def test_the_real_child_measures_both_schedules() -> None:
     tunable = small("grouped_linear")
     known = tunable.default.parameters
-    with Worker(2, 120.0) as worker:
+    with Worker(2, 120.0, COMMAND) as worker:
         asked = {
             "op": "grouped_linear", "arguments": ARGUMENTS["grouped_linear"], "level": "x86-64", "rows": [1, 20],
             "default": known, "candidate": {**known, "row_block": 3}, "seconds": 0.02,

@@ -11,17 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from v4c.targets.cpu.levels import LEVELS
-from v4c.targets.cpu.scheduling import BY_NAME, FAMILIES
-from v4c.targets.cpu.tuning_database import (
-    KernelKey,
-    Machine,
-    Record,
-    Trial,
-    TuningDatabase,
-    TuningError,
-    digest,
-    shipped,
-)
+from v4c.targets.cpu.scheduling import BY_NAME, FAMILIES, shipped
+from v4c.targets.tuning_database import KernelKey, Machine, Record, Trial, TuningDatabase, TuningError, digest
 
 KEY = KernelKey("merged_linear", (("k", 64), ("sizes", (32, 16))), "float32", "x86-64-v4")
 HERE, THERE = Machine("this processor", 2, 2), Machine("another", 8, 4)

@@ -8,7 +8,6 @@ import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +17,8 @@ from tests.v4c.cli_harness import V4C, assert_one_line, invoke
 from v4c.frontend.config import ModelConfig
 from v4c.frontend.initialise import initialise
 from v4c.runtime.artifact import read_manifest
-from v4c.targets.cpu.scheduling import Tunable
-from v4c.targets.cpu.tuning_database import Machine, Record, TuningDatabase, processor
+from v4c.targets.scheduler import Tunable
+from v4c.targets.tuning_database import Machine, Record, TuningDatabase, processor
 from v4c.tuning import model_kernels, read_database, write_database
 
 
@@ -30,16 +29,16 @@ def small_config(tiny_config: ModelConfig) -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def imported(small_config: ModelConfig) -> tuple[Any, list[Tunable]]:
-    """The target x86-64-v3, and what compiling `small_config` for it builds."""
+def imported(small_config: ModelConfig) -> list[Tunable]:
+    """What compiling `small_config` for x86-64-v3 builds."""
     return model_kernels(small_config, "cpu:x86-64-v3", "f32", "none", None)
 
 
 @pytest.fixture
-def quick(imported: tuple[Any, list[Tunable]], monkeypatch: pytest.MonkeyPatch) -> list[Tunable]:
+def quick(imported: list[Tunable], monkeypatch: pytest.MonkeyPatch) -> list[Tunable]:
     """The same, and importing the model again takes no time."""
     monkeypatch.setattr("v4c.tuning.model_kernels", lambda *_: imported)
-    return imported[1]
+    return imported
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +48,8 @@ def checkpoint(small_config: ModelConfig, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-def test_the_kernels_of_a_model_are_each_there_once(imported: tuple[Any, list[Tunable]]) -> None:
-    kernels = imported[1]
+def test_the_kernels_of_a_model_are_each_there_once(imported: list[Tunable]) -> None:
+    kernels = imported
     assert len({k.key for k in kernels}) == len(kernels)
     assert {k.key.level for k in kernels} == {"x86-64-v3"}
     assert {"merged_linear", "grouped_linear", "mhc_pre_norm", "sliding_window_attention", "mixture_of_experts"} <= {
@@ -77,17 +76,15 @@ def test_tune_writes_a_database_and_skips_what_it_holds(quick: list[Tunable], ch
     assert not list(tmp_path.glob(".*partial"))
 
 
-def test_a_found_schedule_is_compiled_by_and_noted(
-    imported: tuple[Any, list[Tunable]], checkpoint: Path, tmp_path: Path
-) -> None:
-    product = next(k for k in imported[1] if k.key.op == "merged_linear")
+def test_a_found_schedule_is_compiled_by_and_noted(imported: list[Tunable], checkpoint: Path, tmp_path: Path) -> None:
+    product = next(k for k in imported if k.key.op == "merged_linear")
     numbers = {**product.default.parameters, "row_block": 2, "chains": 1}
     database = TuningDatabase([Record(product.key, Machine("elsewhere", 1, 1), numbers, finished=True)])
     write_database(database, tmp_path / "db.json")
     assert list(read_database(tmp_path / "db.json")) == list(database)
     command = ["compile", "-m", checkpoint, "--target", "cpu:x86-64-v3", "--dry-run", "-o", tmp_path / "m"]
     notes = json.loads(invoke(*command, "--tuning", tmp_path / "db.json").stdout)["tuning"]
-    assert notes == {"kernels": len(imported[1]), "shipped": notes["shipped"], "records": 1, "sha256": notes["sha256"]}
+    assert notes == {"kernels": len(imported), "shipped": notes["shipped"], "records": 1, "sha256": notes["sha256"]}
     assert len(notes["sha256"]) == 64
 
 
@@ -99,7 +96,7 @@ def test_an_artifact_says_how_its_kernels_were_chosen(tiny_artifact: Path) -> No
 
 @pytest.mark.slow
 def test_schedules_change_the_code_and_not_the_logits(checkpoint: Path, tmp_path: Path) -> None:
-    kernels = model_kernels(checkpoint, "cpu", "f32", "none", None)[1]
+    kernels = model_kernels(checkpoint, "cpu", "f32", "none", None)
     here = Machine(processor(), 2, 2)
     smallest = {k.key: k.default.parameters | {n: c[0] for n, c in k.choices.items()} for k in kernels}
     write_database(
@@ -142,7 +139,7 @@ def test_a_level_this_machine_lacks_is_not_tuned(
     quick: list[Tunable], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
-    monkeypatch.setattr("v4c.targets.cpu.levels.machine_features", lambda: frozenset({"ssse3"}))
+    monkeypatch.setattr("v4c.targets.cpu.tune.machine_features", lambda: frozenset({"ssse3"}))
     result = invoke("tune", "-m", checkpoint, "--target", "cpu:x86-64-v3", "-o", tmp_path / "db.json")
     assert_one_line(result, "target cpu:x86-64-v3", "found one without")
 

@@ -18,7 +18,11 @@ from .options import debug_option, json_option, model_source, output_option, thr
 )
 @click.option("--preset", metavar="NAME", help="A known size; see v4c presets.")
 @click.option(
-    "--target", default="cpu", show_default=True, metavar="T", help="cpu, cpu:LEVEL, ascend or ascend:DEVICE."
+    "--target",
+    default="cpu",
+    show_default=True,
+    metavar="T",
+    help="cpu, cpu:LEVEL, cuda, cuda:ARCH, ascend or ascend:DEVICE.",
 )
 @click.option(
     "--dtype", type=click.Choice(["f32", "bf16"]), default="f32", show_default=True,
@@ -56,15 +60,15 @@ def tune(
     """Search the fastest schedules of a model's kernels, on this machine or for a device.
 
     Ctrl-C keeps what was found: the database is written after every candidate. The default of a kernel stays unless it
-    is clearly beaten. Use the database with v4c compile --tuning DB. Kernels of the CPU are timed; tiles for an Ascend
-    device are chosen by estimate out of those that its compiler takes.
+    is clearly beaten. Use the database with v4c compile --tuning DB. Kernels are timed on this machine's
+    processor or GPU; tiles for an Ascend device are chosen by estimate out of those that its compiler takes.
     """
     source = model_source(model, preset)
     import v4c
 
-    timed = target.partition(":")[0] == "cpu"
+    kind = target.partition(":")[0]
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if timed and load > cores / 2:
+    if kind == "cpu" and load > cores / 2:
         message(f"v4c: warning: load {load:.1f} on {cores} cores: what is found on a busy machine may not be the best")
     with Progress() as progress:
         document = v4c.tune(
@@ -74,12 +78,13 @@ def tune(
     if as_json:
         print_json(document)
         return
-    if timed:
-        click.echo("{cpu}, {cores} cores, {threads} threads".format(**document["machine"]))
-        _kernels(document["kernels"])
-    else:
+    if kind == "ascend":
         click.echo("{device}, estimated, accepted by bishengir {compiler}".format(**document["machine"]))
         _tiles(document["kernels"])
+    else:
+        parts = "{cpu}, {cores} cores, {threads} threads" if kind == "cpu" else "{cpu}, {cores} processors"
+        click.echo(parts.format(**document["machine"]))
+        _kernels(document["kernels"])
     message(f"wrote {output}")
 
 

@@ -11,9 +11,9 @@ import torch
 from tests.targets.cuda.harness import run
 from v4c.custom_ops import OPS, TensorSpec
 from v4c.targets.cuda.lowering import CUDAKernels
-from v4c.targets.cuda.scheduling import Scheduler
+from v4c.targets.cuda.scheduling import scheduler
 
-KERNELS = CUDAKernels(Scheduler("sm_90a", None))
+KERNELS = CUDAKernels(scheduler("sm_90a"))
 
 
 def results(

@@ -8,13 +8,10 @@ import os
 import selectors
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
-
-COMMAND = (sys.executable, "-m", "v4c.targets.cpu.tune_worker")
 
 
 class TrialFailed(Exception):
@@ -27,10 +24,11 @@ class Worker:
     Args:
         threads: threads of its kernels.
         time_limit: seconds for one request, from its sending to the answer.
-        command: what to run.
+        command: what to run: requests come as lines of JSON on its stdin, and answers go as such to its stdout; one
+            with the key ``failed`` says why there are no times.
     """
 
-    def __init__(self, threads: int, time_limit: float, command: Sequence[str] = COMMAND) -> None:
+    def __init__(self, threads: int, time_limit: float, command: Sequence[str]) -> None:
         self._command, self._time_limit = list(command), time_limit
         # Left alone, TVM would pin its threads to the first cores, whoever else runs there.
         self._environment = {**os.environ, "TVM_NUM_THREADS": str(threads), "TVM_BIND_THREADS": "0"}

@@ -1,7 +1,7 @@
 """The tuner's database: for each kernel and machine, the schedule that was found and every trial that led to it.
 
-A record's key is an operator, its shape, the dtype of its weights and the x86-64 level. Files are JSON; reading and
-writing them is the driver's (`v4c.tuning`), what they may say is checked here.
+A record's key is an operator, its shape, the dtype of its weights and the x86-64 level or GPU architecture. Files are
+JSON; reading and writing them is the driver's (`v4c.tuning`), what they may say is checked here.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,7 +43,7 @@ class KernelKey:
         op: name of the kernel's factory, such as ``merged_linear``.
         shape: its static sizes by name, sorted.
         dtype: of its weights: ``float32``, ``bfloat16``, ``int8`` or ``int4``.
-        level: x86-64 level of the code (`levels.LEVELS`).
+        level: x86-64 level of the code (`cpu.levels.LEVELS`), or GPU architecture.
     """
 
     op: str
@@ -60,7 +58,7 @@ class KernelKey:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where times were measured: processor model, cores, threads per kernel."""
+    """Where times were measured: processor model (or GPU), cores (or its processors), threads per kernel."""
 
     cpu: str
     cores: int
@@ -177,17 +175,6 @@ def digest(records: Sequence[Record]) -> str:
     """SHA-256 of what compiling by these records depends on: keys and parameters."""
     lines = sorted(json.dumps([str(r.key), dict(sorted((r.parameters or {}).items()))]) for r in records)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-@cache
-def shipped() -> TuningDatabase:
-    """The schedules that come with v4c, for common shapes."""
-    records: list[Record] = []
-    folder = resources.files(__package__).joinpath("tuned")
-    for file in sorted(folder.iterdir(), key=lambda f: f.name):
-        if file.name.endswith(".json"):
-            records += TuningDatabase.from_document(json.loads(file.read_text()), file.name)
-    return TuningDatabase(records)
 
 
 class _Reader:
