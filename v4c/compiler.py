@@ -52,11 +52,17 @@ KV_FORMATS: tuple[CacheFormat, ...] = ("f32", "bf16", "fp8")
 _ONNX_DTYPES = {"float32": "FLOAT", "bfloat16": "BFLOAT16", "uint8": "UINT8", "int64": "INT64"}
 
 
-def storage_of(dtype: str, quant: str, kv: CacheFormat = "f32") -> Storage:
-    """What weights and caches are stored as for options ``--dtype``, ``--quant`` and ``--kv``."""
+def storage_of(dtype: str, quant: str, kv: CacheFormat = "f32", activations: str = "f32") -> Storage:
+    """What is stored as what for options ``--dtype``, ``--quant``, ``--kv`` and ``--activations``.
+
+    Raises:
+        UnsupportedError: bfloat16 rows for matrices that are not bfloat16.
+    """
+    if activations != "f32" and (dtype, quant) != ("bf16", "none"):
+        raise UnsupportedError(f"activations {activations}: expected dtype bf16 and quant none, found {dtype}, {quant}")
     if quant == "native":
         return Storage(quant, quant, kv)
-    return Storage(DTYPES[dtype], DTYPES[dtype] if quant == "none" else quant, kv)
+    return Storage(DTYPES[dtype], DTYPES[dtype] if quant == "none" else quant, kv, DTYPES[activations])
 
 
 def compile_model(
@@ -219,6 +225,8 @@ def settings(device: Target, disable_passes: Collection[str], storage: Storage) 
         return disable_passes, storage
     if storage.kv != "f32":
         raise UnsupportedError(f"kv {storage.kv!r}: expected f32 for target {device.name}: its caches are float16")
+    if storage.activations != "float32":
+        raise UnsupportedError(f"activations bf16: expected f32 for target {device.name}, whose weights decide it")
     return [*dict.fromkeys((*disable_passes, *device.without_passes))], device.storage(storage)
 
 
@@ -309,7 +317,7 @@ def _manifest(
         v4c_version=version("v4c"),
         tvm_version=version("apache-tvm"),
         target=artifact.Target(device.name, os.uname().machine, device.features),
-        dtypes=artifact.DTypes(storage.products, "float32", _main_cache_dtype(config, device, storage)),
+        dtypes=artifact.DTypes(storage.products, storage.activations, _main_cache_dtype(config, device, storage)),
         config=config.to_dict(),
         vocab_size=config.vocab_size,
         max_context=config.max_position_embeddings,

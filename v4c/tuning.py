@@ -25,6 +25,7 @@ def tune(
     target: str = "cpu",
     dtype: str = "f32",
     quant: str = "none",
+    activations: str = "f32",
     trials: int = 40,
     time_limit: float = 60.0,
     threads: int | None = None,
@@ -40,7 +41,7 @@ def tune(
         source: checkpoint folder, ``.onnx`` file written by `v4c.export`, or a `ModelConfig`; weights are not read.
         path: the database; it is created, or added to after every trial.
         target: ``cpu``, ``cpu:LEVEL``, ``cuda``, ``cuda:ARCH``, ``ascend`` or ``ascend:DEVICE``.
-        dtype, quant: storage of the weight matrices, as for `v4c.compile`.
+        dtype, quant, activations: storage of the weight matrices and rounding of rows, as for `v4c.compile`.
         trials: candidates per kernel.
         time_limit: seconds that one candidate may take, compilation included; one that crashes or takes longer counts
             as failed.
@@ -75,7 +76,7 @@ def tune(
     threads = threads or int(os.environ["TVM_NUM_THREADS"])
     database = read_database(file) if file.exists() else TuningDatabase()
     bench = _bench(target, threads)
-    kernels = model_kernels(source, target, dtype, quant, progress)
+    kernels = model_kernels(source, target, dtype, quant, progress, activations)
     names = sorted({k.key.op for k in kernels})
     for op in ops:
         if op not in names:
@@ -139,7 +140,12 @@ def check_destination(path: Path) -> None:
 
 
 def model_kernels(
-    source: Any, target: str, dtype: str = "f32", quant: str = "none", progress: Progress | None = None
+    source: Any,
+    target: str,
+    dtype: str = "f32",
+    quant: str = "none",
+    progress: Progress | None = None,
+    activations: str = "f32",
 ) -> list[Tunable]:
     """The kernels with a schedule that compiling `source` for a measured target would build; arguments of `tune`."""
     from v4c import targets
@@ -148,7 +154,7 @@ def model_kernels(
     from v4c.passes.pipeline import PassOptions
 
     device: Any = targets.find(target)
-    disabled, storage = settings(device, (), storage_of(dtype, quant))
+    disabled, storage = settings(device, (), storage_of(dtype, quant, activations=activations))
     options = PassOptions.checked(disabled)
     model, _ = graph(open_source(source, weights=False), options, storage, progress)
     if progress:

@@ -37,7 +37,8 @@ HALF_TOLERANCES = {"float16": 2e-2, "bfloat16": 1e-1}
 8, makes a router or an indexer choose otherwise now and then, and such a position is another computation."""
 
 BFLOAT16_TOLERANCE = 8e-2
-"""The same for bfloat16 arithmetic, that of a GPU's tensor cores, which rounds to 8 bits."""
+"""The same for bfloat16 arithmetic, that of a GPU's tensor cores, and for rows rounded to bfloat16 (which the reference
+rounds likewise, but where the last bit of a float32 decides how, the two differ by a whole step)."""
 
 QUANTISED_TOLERANCE = 1.0
 """The same for quantised weights, of a typical position; logits that have nothing to do with each other differ by six.
@@ -157,7 +158,7 @@ def _tolerance(model: Model) -> tuple[float, bool]:
         typical = NATIVE_TOLERANCE
     elif model.manifest.target.name.startswith("ascend-sim"):  # whose activations are rounded as its weights are
         typical = HALF_TOLERANCES[weights]
-    elif weights == "bfloat16" and model.target.name.startswith("cuda"):
+    elif _rounds_rows(model) or (weights == "bfloat16" and model.target.name.startswith("cuda")):
         typical = BFLOAT16_TOLERANCE
     else:
         typical = 0.0
@@ -208,6 +209,7 @@ class _AsStored:
         self._source = source
         self._stored = {part: w.dtype for w in model.manifest.weights for part in part_names(w.name)}
         self._bits = QUANTISED.get(model.manifest.dtypes.weights)
+        self._pairs = _rounds_rows(model)
         shapes = {part: w.shape for w in model.manifest.weights for part in part_names(w.name)}
         self._fp4 = {name for name, shape in shapes.items() if self._native(model) and shape[-1] == BLOCK_BYTES["fp4"]}
 
@@ -217,7 +219,7 @@ class _AsStored:
 
     def load(self, name: str, dtype: str | None = None) -> np.ndarray:
         stored = self._stored.get(name)
-        if stored == "bfloat16":
+        if stored == "bfloat16" or self._paired(name):
             return self._source.load(name, "bf16").astype(np.float32)
         if stored == "float16":
             return self._source.load(name, "f32").astype(np.float16).astype(np.float32)
@@ -228,11 +230,20 @@ class _AsStored:
 
     def rounds_rows(self, name: str) -> bool:
         """Whether the rows that a tensor is multiplied with are rounded."""
-        return name in self._fp4 or self.quantised(name)
+        return name in self._fp4 or self.quantised(name) or self._paired(name)
+
+    def _paired(self, name: str) -> bool:
+        """Whether a tensor is bfloat16 in pairs, whose rows are rounded to bfloat16."""
+        return self._pairs and self._stored.get(name) == "uint8"
 
     def quantised(self, name: str) -> bool:
         """Whether a tensor was quantised to 8 or 4 bits."""
         return self._bits is not None and self._stored.get(name) == "uint8"
+
+
+def _rounds_rows(model: Model) -> bool:
+    """Whether the rows of bfloat16 products are rounded to bfloat16."""
+    return model.manifest.dtypes.activations == "bfloat16"
 
 
 def _kv(model: Model) -> CacheDtype:
@@ -247,12 +258,13 @@ def _reference(source: Any, model: Model, tokens: np.ndarray) -> np.ndarray:
 
     from v4c.frontend.model.model import V4Model, checkpoint_name
 
-    from .verification_quantised import QuantisedProducts
+    from .verification_quantised import QuantisedProducts, bfloat16_rows, rounded_rows
 
     stored = _AsStored(source, model)
     reference = V4Model.from_source(stored, _kv(model))
     with QuantisedProducts(
-        [w for name, w in reference.named_parameters() if stored.rounds_rows(checkpoint_name(name))]
+        [w for name, w in reference.named_parameters() if stored.rounds_rows(checkpoint_name(name))],
+        bfloat16_rows if _rounds_rows(model) else rounded_rows,
     ):
         logits = reference.logits(torch.from_numpy(tokens)[None])[0].numpy()
     if not np.isfinite(logits).all():

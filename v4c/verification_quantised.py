@@ -1,7 +1,7 @@
-"""The torch reference with products as quantised weights have them: their rows are rounded to 8 bits first.
+"""The torch reference with products as some stored weights have them: rows are rounded first, to 8 bits or bfloat16.
 
-A row is cut into groups of 32 inputs, and a group stands in steps of a 127th of its largest magnitude; the sums over
-groups are exact in the kernels, so only float32 arithmetic around them differs.
+For 8 bits a row is cut into groups of 32 inputs, and a group stands in steps of a 127th of its largest magnitude; the
+sums over groups are exact in the kernels, so only float32 arithmetic around them differs.
 """
 
 from __future__ import annotations
@@ -28,15 +28,22 @@ def rounded_rows(x: Tensor) -> Tensor:
     return (codes * scale.masked_fill(tiny, 0.0)).flatten(-2)[..., :k]
 
 
+def bfloat16_rows(x: Tensor) -> Tensor:
+    """``x`` rounded to bfloat16, ties to even, as float32."""
+    return x.to(torch.bfloat16).to(x.dtype)
+
+
 class QuantisedProducts(TorchFunctionMode):
     """While active, products with any of the given weights, or parts of them, take rounded rows.
 
     Args:
-        weights: the parameters that are stored quantised.
+        weights: the parameters that are stored so that rows are rounded.
+        rounding: of the rows.
     """
 
-    def __init__(self, weights: Collection[Tensor]) -> None:
+    def __init__(self, weights: Collection[Tensor], rounding: Callable[[Tensor], Tensor] = rounded_rows) -> None:
         super().__init__()
+        self._rounding = rounding
         self._storages = {weight.untyped_storage().data_ptr() for weight in weights}
 
     def __torch_function__(
@@ -47,7 +54,7 @@ class QuantisedProducts(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func in (F.linear, torch.matmul, Tensor.matmul) and self._quantised(args[1]):
-            return func(rounded_rows(args[0]), *args[1:], **(kwargs or {}))
+            return func(self._rounding(args[0]), *args[1:], **(kwargs or {}))
         if func in (torch.ops.v4c.grouped_experts, torch.ops.v4c.grouped_experts.default):
             with self:  # the op's own products, which a registered op would hide
                 return grouped_experts(*args, **(kwargs or {}))

@@ -41,6 +41,10 @@ TABLE_LAYOUTS = frozenset((Layout.TABLE, Layout.ROWS))
 """Layouts whose rows are read one by one."""
 
 
+PAIRS = "bf16_pairs"
+"""Storage dtype of bfloat16 matrices whose products take rows rounded to bfloat16: inputs lie in pairs, for there are
+instructions that take two at a time."""
+
 CacheFormat = Literal["f32", "bf16", "fp8"]
 
 
@@ -52,17 +56,19 @@ class Storage:
         tables: dtype of tables that rows are taken from: ``float32``, ``bfloat16`` or ``float16``.
         products: dtype of the matrices of products: one of these, or ``int8`` or ``int4``. Both may be ``native``: as
             the checkpoint has them, FP8 and FP4 included.
+        activations: dtype of the rows that bfloat16 products take: ``float32`` or ``bfloat16``, which rounds them.
         kv: format of the caches: ``f32``, ``bf16`` or ``fp8``.
     """
 
     tables: str = "float32"
     products: str = "float32"
     kv: CacheFormat = "f32"
+    activations: str = "float32"
 
     def of(self, layout: Layout) -> str:
         """Dtype of a weight of floating point numbers."""
         if layout in PRODUCT_LAYOUTS:
-            return self.products
+            return PAIRS if self.activations == "bfloat16" else self.products
         return self.tables if layout in TABLE_LAYOUTS else "float32"
 
 
@@ -88,7 +94,7 @@ class WeightSpec:
         shape: shape before packing.
         groups: number of diagonal blocks (`Layout.GROUPED_LINEAR` only, else 1).
         dtype: storage dtype: ``float32``, ``bfloat16``, ``float16``, ``int64``, or ``int8``, ``int4``,
-            ``fp8`` or ``fp4`` with scales.
+            ``fp8`` or ``fp4`` with scales; `PAIRS` of bfloat16.
         parts: of a weight merged from several tensors along axis 0, their names and shapes; otherwise empty.
     """
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from v4c.passes.relax.layouts import PAIRS
+
 _V2 = ("ssse3", "sse4_1", "sse4_2", "popcnt", "cx16")
 _V3 = (*_V2, "avx", "avx2", "fma", "bmi1", "bmi2", "f16c", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _V4_VNNI = (*_V4, "avx512_vnni")
+_V4_BF16 = (*_V4_VNNI, "avx512_bf16")
 LEVELS: dict[str, tuple[str, ...]] = {
     "x86-64": (),
     "x86-64-v2": _V2,
     "x86-64-v3": _V3,
     "x86-64-v4": _V4,
     "x86-64-v4-vnni": _V4_VNNI,
+    "x86-64-v4-bf16": _V4_BF16,
 }
 """Microarchitecture levels of the x86-64 psABI, and the ``/proc/cpuinfo`` flags each stands for.
 
-The last is none of the psABI's: ``x86-64-v4`` with the 8-bit products that quantised weights are multiplied with.
+The last two are none of the psABI's: ``x86-64-v4`` with the 8-bit products that quantised weights are multiplied with,
+and with those of bfloat16 too.
 """
 
 GENERIC = "generic"
@@ -26,12 +31,23 @@ GENERIC = "generic"
 
 def psabi(level: str) -> str:
     """The level of the psABI that `level` is or extends."""
-    return level.removesuffix("-vnni")
+    return level.removesuffix("-vnni").removesuffix("-bf16")
 
 
-def has_vnni(level: str) -> bool:
-    """Whether code for `level` may use AVX512-VNNI."""
-    return "avx512_vnni" in LEVELS.get(level, ())
+_DOTS = {"int8": "avx512_vnni", "int4": "avx512_vnni", "fp4": "avx512_vnni", PAIRS: "avx512_bf16"}
+"""By storage dtype of the weights, what multiplies them with rows of few bits, several inputs at a time."""
+
+
+def dots(level: str, dtype: str) -> bool:
+    """Whether code for `level` may use the instruction that sums up products of weights stored as `dtype`."""
+    return _DOTS.get(dtype) in LEVELS.get(level, ())
+
+
+def dot_level(level: str, dtype: str) -> str:
+    """The lowest level whose products of weights stored as `dtype` are those of `level`."""
+    if not dots(level, dtype):
+        return psabi(level)
+    return next(name for name, flags in LEVELS.items() if _DOTS[dtype] in flags)
 
 
 def machine_features() -> frozenset[str]:

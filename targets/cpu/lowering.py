@@ -34,7 +34,7 @@ from .kernels.routers import hash_router, topk_router
 from .kernels.routes import hash_route, topk_route
 from .kernels.row_formats import row_format
 from .kernels.swiglu import swiglu
-from .levels import has_vnni
+from .levels import dots
 from .scheduling import scheduler
 
 _added: dict[str, Callable[[Inputs, Attributes], Kernel]] = {}
@@ -116,7 +116,7 @@ class CPUKernels:
     """
 
     def __init__(self, level: str = "x86-64-v4", tuning: TuningDatabase | None = None) -> None:
-        self.vnni = has_vnni(level)
+        self._level = level
         self.scheduler = scheduler(level, tuning)
 
     def custom(self, op: CustomOp, inputs: Sequence[TensorSpec], attributes: Attributes) -> Kernel:
@@ -129,19 +129,19 @@ class CPUKernels:
         if op.name in _ROW_FORMATS:
             arguments += _ROW_FORMATS[op.name](named, attributes)
         elif op.name == "GroupedExperts":
-            arguments += (self.vnni,)
+            arguments += (dots(self._level, named["gate_up"].dtype),)
         elif op.name == "MixtureOfExperts":
-            arguments += (self.vnni, named["shared_gate_up"].dtype)
+            arguments += (dots(self._level, named["gate_up"].dtype), named["shared_gate_up"].dtype)
         return self.scheduler.scheduled(Kernel(_FACTORIES[op.name], arguments))
 
     def linear(self, sizes: tuple[int, ...], k: int, dtype: str, norm_eps: float | None) -> Kernel:
-        return self.scheduler.scheduled(Kernel(merged_linear, (sizes, k, dtype, norm_eps, self.vnni)))
+        return self.scheduler.scheduled(Kernel(merged_linear, (sizes, k, dtype, norm_eps, dots(self._level, dtype))))
 
     def linear_unpacked(self, n: int, k: int, dtype: str) -> Kernel:
         return self.scheduler.scheduled(Kernel(linear_unpacked, (n, k, dtype)))
 
     def grouped_linear(self, groups: int, n: int, k: int, dtype: str) -> Kernel:
-        return self.scheduler.scheduled(Kernel(grouped_linear, (groups, n, k, dtype, self.vnni)))
+        return self.scheduler.scheduled(Kernel(grouped_linear, (groups, n, k, dtype, dots(self._level, dtype))))
 
     def rms_norm(self, width: int, eps: float, weighted: bool) -> Kernel:
         return Kernel(rms_norm, (width, eps, weighted))

@@ -10,7 +10,7 @@ import numpy as np
 
 from v4c.custom_ops import TensorSpec
 from v4c.errors import UnsupportedError
-from v4c.passes.relax.layouts import PRODUCT_LAYOUTS, TABLE_LAYOUTS, Layout, WeightSpec
+from v4c.passes.relax.layouts import PAIRS, PRODUCT_LAYOUTS, TABLE_LAYOUTS, Layout, WeightSpec
 
 from .kernels.native_packing import (
     NATIVE_GROUPS,
@@ -21,6 +21,12 @@ from .kernels.native_packing import (
     native_packed_shape,
 )
 from .kernels.packing import PANEL, pack_gate_up, pack_rows, packed_gate_up_shape, packed_shape
+from .kernels.pair_packing import (
+    pair_pack_gate_up,
+    pair_pack_rows,
+    pair_packed_gate_up_shape,
+    pair_packed_shape,
+)
 from .kernels.quant_packing import (
     QUANTISED,
     quant_pack_gate_up,
@@ -42,6 +48,8 @@ def packed(weight: WeightSpec) -> TensorSpec:
         bits = _bits(weight)
         by_rows, gate_up = partial(quant_packed_shape, bits=bits), partial(quant_packed_gate_up_shape, bits=bits)
         return TensorSpec(_packed_shape(weight, by_rows, gate_up), "uint8")
+    if weight.dtype == PAIRS:
+        return TensorSpec(_packed_shape(weight, pair_packed_shape, pair_packed_gate_up_shape), "uint8")
     if weight.dtype in NATIVE_GROUPS:
         by_rows = partial(native_packed_shape, dtype=weight.dtype)
         gate_up = partial(native_packed_gate_up_shape, dtype=weight.dtype)
@@ -111,6 +119,8 @@ def pack(weight: WeightSpec, array: np.ndarray | NativeRows) -> np.ndarray:
     if weight.dtype in QUANTISED:
         bits = _bits(weight)
         return _packed(weight, array, partial(quant_pack_rows, bits=bits), partial(quant_pack_gate_up, bits=bits))
+    if weight.dtype == PAIRS:
+        return _packed(weight, array, pair_pack_rows, pair_pack_gate_up)
     return _packed(weight, array.astype(_NUMPY[weight.dtype], copy=False), pack_rows, pack_gate_up)
 
 

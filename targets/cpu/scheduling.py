@@ -28,7 +28,7 @@ from .kernels.mhc_fused import mhc_post_pre_norm, mhc_pre_norm
 from .kernels.packing import panels
 from .kernels.quant_packing import QUANTISED
 from .kernels.routers import topk_router
-from .levels import psabi
+from .levels import dot_level
 from .schedule import (
     AttentionSchedule,
     ExpertSchedule,
@@ -91,13 +91,10 @@ def tunable(kernel: Kernel, level: str) -> Tunable | None:
     if family is None:
         return None
     found = key(kernel, level)
+    found = replace(found, level=dot_level(level, found.dtype))
     searched = family.searched
-    # Sums of quantised products are integers, which `quant_product` places; and only these products have code of their
-    # own at the level that extends the psABI's.
-    if found.dtype in (*QUANTISED, "fp4"):
+    if found.dtype in (*QUANTISED, "fp4"):  # its sums are integers, which `quant_product` places
         searched = searched or ("row_block", "block_bytes", "rows_per_task")
-    else:
-        found = replace(found, level=psabi(level))
     record = shipped().find(found)
     if record is None or record.parameters is None:
         return Tunable(found, kernel, family.default(named(kernel), level), searched)

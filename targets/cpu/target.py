@@ -86,17 +86,20 @@ class CPUTarget:
             described["mattr"] = ["-prefer-256-bit"]
         if "avx512_vnni" in self.features:
             described["mattr"].append("+avx512vnni")
+        if "avx512_bf16" in self.features:
+            described["mattr"].append("+avx512bf16")
         return tvm_target.Target(described)
 
     def build(self, module: Any, library: Path, options: PassOptions) -> dict[str, list[Any]]:
         from tvm import relax, tirx
 
         from .kernels.limits import limits
+        from .kernels.pair_product import with_instruction
 
         target = self.llvm()
         for variable, function in module.functions.items():
             if isinstance(function, tirx.PrimFunc):
-                module[variable] = on_stack(function)
+                module[variable] = with_instruction(on_stack(function))
         lowered = relax_pipeline(target, options)(module)
         kernels = kernel_table(lowered)
         for name, function in limits(self.psabi_level).items():

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from v4c.passes.relax.kernels import Kernel
 
 from ..scheduler import Tunable, named
+from .kernels.pair_product import with_instruction
 from .scheduling import BY_NAME, tunable
 from .stack import on_stack
 from .target import CPUTarget
@@ -161,7 +162,7 @@ def _one_row(function: Any) -> Any:
 def _compile(function: Any, level: str) -> Callable[..., Any]:
     import tvm
 
-    module = tvm.IRModule({"main": on_stack(function.with_attr("global_symbol", "main"))})
+    module = tvm.IRModule({"main": with_instruction(on_stack(function.with_attr("global_symbol", "main")))})
     return tvm.compile(module, target=CPUTarget(level).llvm())["main"]
 
 

@@ -69,6 +69,8 @@ class CUDATarget:
     def check_storage(self, storage: Storage) -> None:
         if storage.kv != "f32":
             raise UnsupportedError(f"kv {storage.kv!r}: expected f32 for target cuda")
+        if storage.activations != "float32":
+            raise UnsupportedError("activations bf16: expected f32 for target cuda, whose bfloat16 weights imply it")
         for dtype in (storage.tables, storage.products):
             if dtype not in CTYPES:
                 raise UnsupportedError(

@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 import tvm
 
+from v4c.targets.cpu.kernels.pair_product import with_instruction
 from v4c.targets.cpu.stack import on_stack
 
 _ALIGNMENT = 64
@@ -48,7 +49,7 @@ def target() -> tvm.target.Target:
 @functools.lru_cache(maxsize=256)
 def compiled(factory: Callable[..., tvm.tirx.PrimFunc], *args: Any, **kwargs: Any) -> tvm.runtime.Executable:
     """Compile ``factory(*args, **kwargs)`` once; later calls with equal arguments return the same kernel."""
-    function = on_stack(factory(*args, **kwargs).with_attr("global_symbol", "main"))
+    function = with_instruction(on_stack(factory(*args, **kwargs).with_attr("global_symbol", "main")))
     return tvm.compile(tvm.IRModule({"main": function}), target=target())
 
 

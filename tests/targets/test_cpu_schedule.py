@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.targets.cpu_harness import compiled
 from v4c.errors import UnsupportedError
 from v4c.passes.relax.kernels import Kernel
-from v4c.targets.cpu.levels import LEVELS
+from v4c.targets.cpu.levels import LEVELS, psabi
 from v4c.targets.cpu.schedule import (
     AttentionSchedule,
     IndexSchedule,
@@ -99,7 +99,7 @@ def test_products_by_any_schedule(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("level", ALL_LEVELS)
 def test_sums_of_a_block_fit_the_registers(level: str) -> None:
-    vector, registers = {"x86-64-v4": (1, 32), "x86-64-v4-vnni": (1, 32), "x86-64-v3": (2, 16)}.get(level, (4, 16))
+    vector, registers = {"x86-64-v4": (1, 32), "x86-64-v3": (2, 16)}.get(psabi(level), (4, 16))
     product = PanelSchedule.of(level)
     for rows in {product.row_block, 4, 2, 1} - set(range(product.row_block + 1, 8)):
         sums = rows * product.columns(rows) * product.partial_sums(rows, 4096)

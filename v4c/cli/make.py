@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .console import Progress, message, print_json
-from .options import debug_option, model_options, model_source, output_option
+from .options import activations_option, debug_option, model_options, model_source, output_option
 
 
 @click.command()
@@ -98,6 +98,7 @@ def export(
 @click.option(
     "--kv", type=click.Choice(["f32", "bf16", "fp8"]), default="f32", show_default=True, help="Storage of the caches."
 )
+@activations_option
 @click.option("--disable-pass", "disabled", multiple=True, metavar="NAME", help="Leave a pass out; may be repeated.")
 @click.option("--dump-ir", metavar="DIR", type=click.Path(path_type=Path), help="Write the graph after each pass.")
 @click.option("--tuning", metavar="DB", type=click.Path(path_type=Path), help="Schedules that v4c tune found.")
@@ -115,6 +116,7 @@ def compile_command(
     dtype: str,
     quant: str,
     kv: str,
+    activations: str,
     disabled: tuple[str, ...],
     dump_ir: Path | None,
     tuning: Path | None,
@@ -139,6 +141,7 @@ def compile_command(
             dtype=dtype,
             quant=quant,
             kv=kv,
+            activations=activations,
             weights=not no_weights,
             disable_passes=disabled,
             dump_ir=dump_ir,

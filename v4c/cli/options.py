@@ -27,8 +27,10 @@ debug_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 threads_option = click.option("--threads", type=int, metavar="N", help="Threads per kernel (default: every CPU).")
-
-
+activations_option = click.option(
+    "--activations", type=click.Choice(["f32", "bf16"]), default="f32", show_default=True,
+    help="bf16 rounds the rows that bfloat16 matrices are multiplied with.",
+)  # fmt: skip
 weights_memory_option = click.option(
     "--weights-memory", metavar="SIZE", help="Memory that weights may take, such as 4GiB; experts stay on disk."
 )

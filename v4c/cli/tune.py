@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .console import Progress, message, new_table, print_json, print_table
-from .options import debug_option, json_option, model_source, output_option, threads_option
+from .options import activations_option, debug_option, json_option, model_source, output_option, threads_option
 
 
 @click.command()
@@ -32,6 +32,7 @@ from .options import debug_option, json_option, model_source, output_option, thr
     "--quant", type=click.Choice(["none", "int8", "int4"]), default="none", show_default=True,
     help="Quantisation of the weight matrices.",
 )  # fmt: skip
+@activations_option
 @click.option(
     "--trials", type=click.IntRange(min=1), default=40, show_default=True, metavar="N", help="Candidates per kernel."
 )
@@ -50,6 +51,7 @@ def tune(
     target: str,
     dtype: str,
     quant: str,
+    activations: str,
     trials: int,
     time_limit: float,
     ops: tuple[str, ...],
@@ -72,8 +74,8 @@ def tune(
         message(f"v4c: warning: load {load:.1f} on {cores} cores: what is found on a busy machine may not be the best")
     with Progress() as progress:
         document = v4c.tune(
-            source, output, target=target, dtype=dtype, quant=quant, trials=trials, time_limit=time_limit,
-            threads=threads, ops=ops, progress=progress,
+            source, output, target=target, dtype=dtype, quant=quant, activations=activations, trials=trials,
+            time_limit=time_limit, threads=threads, ops=ops, progress=progress,
         )  # fmt: skip
     if as_json:
         print_json(document)

@@ -29,7 +29,7 @@ DEFAULT = ExpertSchedule()
 
 
 def grouped_experts(
-    experts: int, d: int, f: int, top_k: int, limit: float, weight_dtype: str = "float32", vnni: bool = False,
+    experts: int, d: int, f: int, top_k: int, limit: float, weight_dtype: str = "float32", dots: bool = False,
     schedule: ExpertSchedule = DEFAULT,
 ) -> tvm.tirx.PrimFunc:  # fmt: skip
     """``y = sum_k weights_k * down(silu(min(gate, limit)) * clip(up, -limit, limit))`` (V4 paper, section 2.1).
@@ -40,10 +40,11 @@ def grouped_experts(
         f: width of an expert.
         top_k: experts per token.
         limit: the model's ``swiglu_limit``.
-        weight_dtype: ``float32`` or ``bfloat16`` (widened in registers; sums are float32), ``int8`` or ``int4``
+        weight_dtype: ``float32`` or ``bfloat16`` (widened in registers; sums are float32), ``bf16_pairs``
+            (`pair_packing`; rows are rounded to bfloat16), ``int8`` or ``int4``
             (`quant_packing`; the rows of x and the hidden rows are quantised to 8 bits), or ``fp8`` or ``fp4``
             (`native_packing`; the rows for FP4 are quantised).
-        vnni: whether the target has AVX512-VNNI; of no account for float weights.
+        dots: as of `weight_format`.
         schedule: register blocks of the products.
 
     Returns:
@@ -52,7 +53,7 @@ def grouped_experts(
         `quant_pack_gate_up`, down ``[E, ceil(d / PANEL), panel]`` from `pack_rows` or `quant_pack_rows` (`panel` is the
         format's ``panel_shape``), y ``[B, S, d]`` float32.
     """
-    by_d, by_f = (weight_format(k, weight_dtype, vnni, schedule) for k in (d, f))
+    by_d, by_f = (weight_format(k, weight_dtype, dots, schedule) for k in (d, f))
     f_panels = panels(f)
     d_panels = panels(d)
 
@@ -97,13 +98,13 @@ def grouped_experts(
 
 
 def mixture_of_experts(
-    experts: int, d: int, f: int, top_k: int, limit: float, weight_dtype: str, shared_f: int, vnni: bool = False,
+    experts: int, d: int, f: int, top_k: int, limit: float, weight_dtype: str, shared_f: int, dots: bool = False,
     shared_dtype: str | None = None, schedule: ExpertSchedule = DEFAULT,
 ) -> tvm.tirx.PrimFunc:  # fmt: skip
     """`grouped_experts` plus a shared expert of the same kind that every token passes through (V4 paper, section 2.1).
 
     Args:
-        experts, d, f, top_k, limit, weight_dtype, vnni, schedule: as for `grouped_experts`.
+        experts, d, f, top_k, limit, weight_dtype, dots, schedule: as for `grouped_experts`.
         shared_f: G, width of the shared expert.
         shared_dtype: its weight dtype, where it is another.
 
@@ -112,8 +113,8 @@ def mixture_of_experts(
         ``[2 ceil(G / PANEL), panel]`` and shared_down ``[ceil(d / PANEL), panel]``, packed as gate_up and down are,
         y ``[B, S, d]`` float32.
     """
-    by_d, by_f = (weight_format(k, weight_dtype, vnni, schedule) for k in (d, f))
-    shared_by_d, by_g = (weight_format(k, shared_dtype or weight_dtype, vnni, schedule) for k in (d, shared_f))
+    by_d, by_f = (weight_format(k, weight_dtype, dots, schedule) for k in (d, f))
+    shared_by_d, by_g = (weight_format(k, shared_dtype or weight_dtype, dots, schedule) for k in (d, shared_f))
     # Rows that are quantised for one of the two are not as the other wants them, unless both are stored alike.
     alike = shared_dtype in (None, weight_dtype)
     widest = by_f if f > shared_f else by_g

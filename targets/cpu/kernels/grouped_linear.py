@@ -15,7 +15,7 @@ from .weight_formats import quantise_rows, weight_format
 
 
 def grouped_linear(
-    groups: int, n: int, k: int, weight_dtype: str = "float32", vnni: bool = False,
+    groups: int, n: int, k: int, weight_dtype: str = "float32", dots: bool = False,
     schedule: ProductSchedule | None = None,
 ) -> tvm.tirx.PrimFunc:  # fmt: skip
     """``y[:, g] = x[:, g] @ weight[g].T`` with `weight` ``[groups, n, k]`` packed by `pack_rows` or `quant_pack_rows`.
@@ -24,14 +24,14 @@ def grouped_linear(
         groups: independent blocks.
         n: outputs per group; any positive number.
         k: inputs per group.
-        weight_dtype, vnni, schedule: as for `merged_linear`.
+        weight_dtype, dots, schedule: as for `merged_linear`.
 
     Returns:
         PrimFunc of x ``[rows, groups, k]`` float32, weight ``[groups, ceil(n / PANEL), panel]``,
         y ``[rows, groups, n]`` float32.
     """
     schedule = schedule or ProductSchedule().for_shape(groups * panels(n), k)
-    stored = weight_format(k, weight_dtype, vnni, schedule)
+    stored = weight_format(k, weight_dtype, dots, schedule)
     project = projection((n,), k, schedule, groups, stored)
     count = panels(n)
 

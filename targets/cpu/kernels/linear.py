@@ -27,23 +27,23 @@ from .weight_formats import FloatFormat, StoredFormat, each_row, quantise_rows, 
 
 
 def linear(
-    n: int, k: int, weight_dtype: str = "float32", vnni: bool = False, schedule: ProductSchedule | None = None
+    n: int, k: int, weight_dtype: str = "float32", dots: bool = False, schedule: ProductSchedule | None = None
 ) -> tvm.tirx.PrimFunc:
     """``y = x @ weight.T`` with `weight` ``[n, k]`` packed by `pack_rows` or `quant_pack_rows`.
 
     Args:
         n: outputs; any positive number.
         k: inputs.
-        weight_dtype, vnni, schedule: as for `merged_linear`.
+        weight_dtype, dots, schedule: as for `merged_linear`.
 
     Returns:
         PrimFunc of x ``[rows, k]`` float32, weight ``[ceil(n / PANEL), panel]``, y ``[rows, n]`` float32.
     """
-    return merged_linear((n,), k, weight_dtype, None, vnni, schedule)
+    return merged_linear((n,), k, weight_dtype, None, dots, schedule)
 
 
 def merged_linear(
-    sizes: Sequence[int], k: int, weight_dtype: str = "float32", norm_eps: float | None = None, vnni: bool = False,
+    sizes: Sequence[int], k: int, weight_dtype: str = "float32", norm_eps: float | None = None, dots: bool = False,
     schedule: ProductSchedule | None = None,
 ) -> tvm.tirx.PrimFunc:  # fmt: skip
     """``y_i = x @ weight_i.T`` for several weights `[sizes[i], k]`, or the same of ``x``'s RMS norm.
@@ -51,11 +51,12 @@ def merged_linear(
     Args:
         sizes: outputs of each part; any positive numbers.
         k: inputs.
-        weight_dtype: ``float32`` or ``bfloat16`` (widened in registers; sums are float32), ``int8`` or ``int4``
+        weight_dtype: ``float32`` or ``bfloat16`` (widened in registers; sums are float32), ``bf16_pairs``
+            (`pair_packing`; rows are rounded to bfloat16), ``int8`` or ``int4``
             (`quant_packing`; rows are quantised to 8 bits), ``fp8`` (`native_packing`; widened in registers) or
             ``fp4`` (`native_packing`; rows are quantised to 8 bits).
         norm_eps: if given, ``x / sqrt(mean(x**2) + norm_eps) * norm`` takes the place of ``x``.
-        vnni: whether the target has AVX512-VNNI; of no account for float weights.
+        dots: as of `weight_format`.
         schedule: how the work is cut; by default as with AVX-512.
 
     Returns:
@@ -65,7 +66,7 @@ def merged_linear(
     """
     total = sum(panels(n) for n in sizes)
     schedule = schedule or ProductSchedule().for_shape(total, k)
-    stored = weight_format(k, weight_dtype, vnni, schedule)
+    stored = weight_format(k, weight_dtype, dots, schedule)
     project = projection(sizes, k, schedule, stored=stored)
 
     def match_outputs(rows):

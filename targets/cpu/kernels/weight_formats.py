@@ -14,10 +14,14 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from v4c.passes.relax.layouts import PAIRS
+
 from ..schedule import PanelSchedule
 from .fp8_product import fp8_panel_product
 from .native_packing import BLOCK_BYTES, NATIVE_GROUPS
 from .packing import PANEL
+from .pair_packing import STEP_BYTES, pairs
+from .pair_product import pair_panel_product, paired_rows, round_row
 from .panel_product import panel_product
 from .quant_packing import QUANTISED, groups
 from .quant_product import QuantisedRows, StoredBlocks, quant_panel_product, quantise_row, quantised_rows
@@ -85,6 +89,41 @@ class FP8Format:
         return x
 
 
+class PairFormat:
+    """Weights of `k` inputs in bfloat16, in pairs of inputs (`pair_packing`); rows are rounded to bfloat16 first.
+
+    Attributes:
+        dtype, panel_shape, steps, step_bytes, row_block, multiply: as of `FloatFormat`; a step is a pair of inputs, and
+            the x of `multiply` is `paired_rows`.
+        quantise: macro ``(x, words, row)``: round one row of ``[rows, >= k]`` float32.
+    """
+
+    quantised = True
+
+    def __init__(self, k: int, dots: bool, schedule: PanelSchedule) -> None:
+        self.k = k
+        self.dtype = "uint8"
+        self.panel_shape = (T.int64(pairs(k)), T.int64(STEP_BYTES))
+        self.steps, self.step_bytes, self.row_block = pairs(k), STEP_BYTES, schedule.row_block
+
+        @T.macro
+        def multiply(sums, x, row_at, weight, panel, start, stop, rows, cold):
+            pair_panel_product(
+                sums, x, row_at, weight, panel, start, stop, rows, schedule.columns(rows),
+                schedule.partial_sums(rows, pairs(k)), dots,
+            )  # fmt: skip
+
+        @T.macro
+        def quantise(x, words, row):
+            round_row(x, words, row, k)
+
+        self.multiply, self.quantise = multiply, quantise
+
+    def inputs(self, x: Any, rows: Any) -> Any:
+        """Memory that `quantise` fills with `rows` rows of `x`."""
+        return paired_rows(rows, self.k)
+
+
 class QuantFormat:
     """Weights of `k` inputs as `quant_packing` or, of FP4, `native_packing` has them; rows are quantised first.
 
@@ -96,7 +135,7 @@ class QuantFormat:
 
     quantised = True
 
-    def __init__(self, k: int, dtype: str, vnni: bool, schedule: PanelSchedule) -> None:
+    def __init__(self, k: int, dtype: str, dots: bool, schedule: PanelSchedule) -> None:
         stored = StoredBlocks.of(dtype)
         self.k = k
         self.dtype = "uint8"
@@ -105,7 +144,7 @@ class QuantFormat:
 
         @T.macro
         def multiply(sums, x, row_at, weight, panel, start, stop, rows, cold):
-            quant_panel_product(sums, x, row_at, weight, panel, start, stop, rows, cold, stored, vnni)
+            quant_panel_product(sums, x, row_at, weight, panel, start, stop, rows, cold, stored, dots)
 
         @T.macro
         def quantise(x, quantised, row):
@@ -141,11 +180,21 @@ def quantise_rows(stored, x, inputs, rows, k):
         each_row(quantise, rows, k)
 
 
-StoredFormat = FloatFormat | FP8Format | QuantFormat
+StoredFormat = FloatFormat | FP8Format | PairFormat | QuantFormat
 
 
-def weight_format(k: int, dtype: str, vnni: bool, schedule: PanelSchedule) -> StoredFormat:
-    """The format of weights with `k` inputs that are stored as `dtype`: float32, bfloat16, fp8, fp4, int8 or int4."""
+def weight_format(k: int, dtype: str, dots: bool, schedule: PanelSchedule) -> StoredFormat:
+    """The format of weights with `k` inputs.
+
+    Args:
+        k: inputs.
+        dtype: what they are stored as: float32, bfloat16, fp8, fp4, int8, int4, or bf16_pairs.
+        dots: whether the target has the instruction that sums up products of these weights with rows of few bits:
+            AVX512-VNNI for integers and FP4, AVX512-BF16 for pairs of bfloat16; of no account for the others.
+        schedule: register blocks.
+    """
     if dtype == "fp8":
         return FP8Format(k, schedule)
-    return QuantFormat(k, dtype, vnni, schedule) if dtype in (*QUANTISED, "fp4") else FloatFormat(k, dtype, schedule)
+    if dtype == PAIRS:
+        return PairFormat(k, dots, schedule)
+    return QuantFormat(k, dtype, dots, schedule) if dtype in (*QUANTISED, "fp4") else FloatFormat(k, dtype, schedule)
