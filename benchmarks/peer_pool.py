@@ -109,6 +109,18 @@ class Pool:
             self._drop(peer.name)
             raise
 
+    def start(self, peer: Peer) -> None:
+        """Have the process of `peer` ready. Raises `Error`: it cannot be loaded."""
+        try:
+            self._process(peer)
+        except Error:
+            self._drop(peer.name)
+            raise
+
+    def is_alive(self, peer: Peer) -> bool:
+        """Whether `peer` would answer without being loaded."""
+        return peer.name in self._alive
+
     def _process(self, peer: Peer) -> Process:
         if peer.name in self._alive:
             return self._alive[peer.name][1]

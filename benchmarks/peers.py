@@ -1,8 +1,8 @@
 """The same random weights in v4c, transformers, ONNX Runtime and llama.cpp, measured in one run on this machine.
 
 Run ``python -m benchmarks.peers --work DIR`` from a checkout, with the extra ``bench``. Every peer runs in a process of
-its own, with as many threads; medians are printed beside what the machine reads and multiplies in the same run, with a
-line per peer that says whether it computes the same logits. docs/performance.md has the method.
+its own, with as many threads; medians are printed with their shares of what the machine read and multiplied beside each
+turn, and a line per peer that says whether it computes the same logits. docs/performance.md has the method.
 """
 
 from __future__ import annotations
@@ -180,7 +180,9 @@ def _read(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text())
         if not isinstance(document, dict) or not document.get("peers"):
             raise ValueError("no peers")
-    except ValueError as error:
+        if not all("turns" in part for peer in document["peers"] for part in (*peer["decode"], *peer["prefill"])):
+            raise ValueError("those of an older version, without limits beside each turn: measure again")
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: expected results of this benchmark, found {error}") from None
     return document
 
