@@ -110,7 +110,7 @@ class _Context:
             self._marked = self.state.mark()
 
     def arrive(self) -> tuple[float | None, np.ndarray | None]:
-        """Stand behind all tokens: the first time by reading the last `CHUNK` behind `fill`, then by reading them again.
+        """Stand behind all tokens: the first time by reading the last `CHUNK` behind `fill`, then by doing so again.
 
         Returns:
             Milliseconds of the last `CHUNK` tokens, and the logits behind the last; None where they were not read now.
@@ -164,9 +164,9 @@ class Child:
         """Make what a peer loads."""
         prepare(PEERS[peer], Path(folder))
 
-    def do_open(self, peer: str, folder: str, threads: int, slack: int) -> dict[str, Any]:
+    def do_open(self, peer: str, folder: str, threads: int, slack: int, huge_pages: bool = False) -> dict[str, Any]:
         """Load a peer, and let it read one prompt that is not timed."""
-        self._engine = open_engine(PEERS[peer], Path(folder), threads)
+        self._engine = open_engine(PEERS[peer], Path(folder), threads, huge_pages)
         self._runner = Runner(self._engine, slack)
         self._runner.warm()
         return {"version": self._engine.version}

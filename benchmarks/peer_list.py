@@ -103,13 +103,15 @@ def chosen(names: Iterable[str]) -> list[Peer]:
     return [peer for name, peer in PEERS.items() if name in wanted]
 
 
-def open_engine(peer: Peer, folder: Path, threads: int) -> Engine:
-    """Load `peer` from the folder of the model."""
+def open_engine(peer: Peer, folder: Path, threads: int, huge_pages: bool = False) -> Engine:
+    """Load `peer` from the folder of the model; v4c's weights into huge pages on request."""
     path = folder / peer.file
     if peer.engine == "v4c":
-        from benchmarks.peer_v4c import V4cEngine as Kind
-    elif peer.engine == "llama":
-        from benchmarks.peer_llama import LlamaEngine as Kind  # type: ignore[assignment]
+        from benchmarks.peer_v4c import V4cEngine
+
+        return V4cEngine(path, threads, peer.storage, huge_pages)
+    if peer.engine == "llama":
+        from benchmarks.peer_llama import LlamaEngine as Kind
     elif peer.engine == "transformers":
         from benchmarks.peer_transformers import TransformersEngine as Kind  # type: ignore[assignment]
     else:

@@ -192,7 +192,8 @@ class Run:
         return {
             "model": model, "parameters": parameters(config), "active_parameters": active_parameters(config),
             "machine": machine(), "threads": threads, "rounds": rounds, "steps": self._steps,
-            "in_turns": self._pool.in_turns, "chunk": CHUNK, "longest_fill": LONGEST_FILL,
+            "in_turns": self._pool.in_turns, "huge_pages": self._pool.huge_pages, "chunk": CHUNK,
+            "longest_fill": LONGEST_FILL,
             "stream_bandwidth_gbs": max(bandwidths), "lowest_stream_bandwidth_gbs": min(bandwidths),
             "matrix_peak_gflops": max(peaks), "lowest_matrix_peak_gflops": min(peaks),
             "limits": [{"bandwidth": x.bandwidth, "peak": x.peak, "measured_by": x.by} for x in self.limits],

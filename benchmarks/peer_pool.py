@@ -85,11 +85,14 @@ class Pool:
 
     Attributes:
         in_turns: whether all `peers` fit at once, so that they can take turns step by step.
+        huge_pages: whether v4c's weights are copied into them.
     """
 
     def __init__(
-        self, peers: Iterable[Peer], config: ModelConfig, folder: Path, *, memory: float, threads: int, slack: int
-    ) -> None:
+        self, peers: Iterable[Peer], config: ModelConfig, folder: Path, *, memory: float, threads: int, slack: int,
+        huge_pages: bool = False,
+    ) -> None:  # fmt: skip
+        self.huge_pages = huge_pages
         self._config, self._folder, self._memory = config, folder, memory
         self._threads, self._slack = threads, slack
         self._alive: dict[str, tuple[Peer, Process]] = {}
@@ -130,7 +133,8 @@ class Pool:
         process = Process(peer.name, self._folder / f"{peer.name}.log", self._threads)
         self._alive[peer.name] = (peer, process)
         opened = process.ask(
-            "open", peer=peer.name, folder=str(self._folder), threads=self._threads, slack=self._slack
+            "open", peer=peer.name, folder=str(self._folder), threads=self._threads, slack=self._slack,
+            huge_pages=self.huge_pages,
         )  # fmt: skip
         self.versions[peer.name] = opened["version"]
         return process

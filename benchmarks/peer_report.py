@@ -21,10 +21,11 @@ _BESIDE = 2.0
 def heading(document: dict[str, Any]) -> list[str]:
     """What was measured, on what, and how: sentences."""
     beside = "read and multiplied beside each turn" + _stale(document)
+    pages = "; v4c's weights copied into huge pages" if document["huge_pages"] else ""
     turns = "all processes alive, in turns" if document["in_turns"] else "one peer after another, whole rounds in turns"
     return [
         f"{document['model']}, {document['parameters'] / 1e9:.2f} B parameters; {document['machine']}; "
-        f"{document['threads']} threads for every peer.",
+        f"{document['threads']} threads for every peer{pages}.",
         f"Medians of {document['rounds']} rounds ({turns}), {document['steps']} decode steps each; in brackets the "
         "10th and 90th percentile.",
         f"While it ran, bandwidth varied between {document['lowest_stream_bandwidth_gbs']:.1f} and "

@@ -18,9 +18,9 @@ from v4c.runtime.session import Session
 class V4cEngine(Engine):
     """A compiled artifact."""
 
-    def __init__(self, path: Path, threads: int, storage: str) -> None:
+    def __init__(self, path: Path, threads: int, storage: str, huge_pages: bool = False) -> None:
         self.path = path
-        self.model = v4c.load(path, threads=threads, verify="code")
+        self.model = v4c.load(path, threads=threads, verify="code", huge_pages=huge_pages)
         self.vocab_size = self.model.vocab_size
         self.version = f"v4c {self.model.manifest.v4c_version}"
 

@@ -54,6 +54,7 @@ def _numbers(context: click.Context, option: click.Parameter, text: str) -> tupl
     help="Decode behind so many tokens; llama.cpp up to 16384, eager transformers and ONNX Runtime up to 1024.",
 )  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="Of every peer.")
+@click.option("--huge-pages", is_flag=True, help="Copy v4c's weights into huge pages, as v4c.load(huge_pages=True).")
 @click.option(
     "--work", type=click.Path(path_type=Path, file_okay=False),
     help="Keep the checkpoint and what peers make of it here: a second run reuses them. Default: a temporary folder.",
@@ -72,6 +73,7 @@ def main(
     steps: int,
     contexts: tuple[int, ...],
     threads: int,
+    huge_pages: bool,
     work: Path | None,
     results: Path | None,
     chart: Path | None,
@@ -89,7 +91,9 @@ def main(
             with tempfile.TemporaryDirectory() as scratch:
                 folder = (work or Path(scratch)).absolute() / model
                 folder.mkdir(parents=True, exist_ok=True)
-                document = measure(model, peers, folder, contexts, rounds=rounds, steps=steps, threads=threads)
+                document = measure(
+                    model, peers, folder, contexts, rounds=rounds, steps=steps, threads=threads, huge_pages=huge_pages
+                )  # fmt: skip
     except Error as error:
         raise click.ClickException(str(error)) from None
     if results is not None:
@@ -111,6 +115,7 @@ def measure(
     rounds: int,
     steps: int,
     threads: int,
+    huge_pages: bool,
 ) -> dict[str, Any]:
     """Prepare and measure `peers`; results as a document.
 
@@ -122,6 +127,7 @@ def measure(
         rounds: turns of each peer.
         steps: decode steps in a turn and context.
         threads: of each peer.
+        huge_pages: whether v4c's peers copy their weights into huge pages.
 
     Raises:
         Error: the reference cannot be made or fails. Other peers that fail are listed with the reason.
@@ -134,7 +140,10 @@ def measure(
     ready, left_out = _prepare(model, config, peers, folder, memory, threads)
     logits = folder / "logits"
     logits.mkdir(exist_ok=True)
-    with Pool(ready, config, folder, memory=memory, threads=threads, slack=rounds * (steps + 1)) as pool:
+    slack = rounds * (steps + 1)
+    with Pool(
+        ready, config, folder, memory=memory, threads=threads, slack=slack, huge_pages=huge_pages
+    ) as pool:  # fmt: skip
         run = Run(pool, ready, contexts, steps, logits, _tell)
         run.left_out = left_out
         for number in range(1, rounds + 1):

@@ -31,6 +31,7 @@ class FakePool:
 
     def __init__(self, in_turns: bool, broken: str = "", fails: str = "decode") -> None:
         self.in_turns, self.broken, self.fails = in_turns, broken, fails
+        self.huge_pages = False
         self.alive: list[str] = []
         self.slow = 1.0
         self.asked: list[tuple[str, str]] = []

@@ -41,7 +41,8 @@ def results(tmp_path: Path) -> Path:
     """A run of three peers; one has no long context, and one was left out."""
     document = {
         "model": "v4-mini", "parameters": 186_500_000, "active_parameters": 88_000_000, "machine": "a CPU, 2 CPUs",
-        "threads": 2, "rounds": 5, "steps": 8, "in_turns": True, "chunk": 512, "longest_fill": 16384,
+        "threads": 2, "rounds": 5, "steps": 8, "in_turns": True, "huge_pages": False, "chunk": 512,
+        "longest_fill": 16384,
         "stream_bandwidth_gbs": 26.0, "lowest_stream_bandwidth_gbs": 21.0,
         "matrix_peak_gflops": 250.0, "lowest_matrix_peak_gflops": 199.0,
         "limits": [
@@ -99,6 +100,12 @@ def test_terminal(results: Path) -> None:
 def test_whole_rounds_are_said(results: Path) -> None:
     results.write_text(json.dumps(json.loads(results.read_text()) | {"in_turns": False}))
     assert "one peer after another, whole rounds in turns" in _run("--from", results).stdout
+
+
+def test_huge_pages_are_said(results: Path) -> None:
+    assert "2 threads for every peer." in _run("--from", results).stdout
+    results.write_text(json.dumps(json.loads(results.read_text()) | {"huge_pages": True}))
+    assert "2 threads for every peer; v4c's weights copied into huge pages." in _run("--from", results).stdout
 
 
 def test_limits_from_long_before_are_said(results: Path) -> None:
