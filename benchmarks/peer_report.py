@@ -13,6 +13,8 @@ from v4c.cli.console import new_table, print_table
 from v4c.runtime.whole_file import replacing
 
 _COLOURS = {"v4c": "#1f6fb2", "llama": "#d97706", "transformers": "#8b5cf6", "onnxruntime": "#6b7280"}
+_LINES = {"bf16": "-", "int8": "--", "q8_0": "--", "v4c-bf16-act": "-."}
+"""By storage, or by name where two of an engine store the same; others are dotted."""
 _NOT_MEASURED = "-"
 _BESIDE = 2.0
 """Seconds before a turn within which limits count as measured beside it."""
@@ -172,7 +174,7 @@ def draw_chart(document: dict[str, Any], path: Path) -> None:
         if len(peer["decode"]) > 1:
             at = [(entry["context"], entry["ms"]) for entry in peer["decode"]]
             lines.plot(*zip(*at, strict=True), marker="o", label=peer["name"], color=_COLOURS[peer["engine"]],
-                       linestyle={"bf16": "-", "int8": "--", "q8_0": "--"}.get(peer["storage"], ":"))  # fmt: skip
+                       linestyle=_LINES.get(peer["name"]) or _LINES.get(peer["storage"], ":"))  # fmt: skip
     lines.set(xscale="log", xlabel="tokens of context", ylim=(0, None))
     contexts = sorted({entry["context"] for peer in peers for entry in peer["decode"]})
     lines.set_xticks(contexts, [str(n) for n in contexts], minor=False)

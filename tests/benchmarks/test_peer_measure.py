@@ -310,8 +310,11 @@ def test_processes_end_to_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     room = V4C.needs(config) + LLAMA.needs(config)
     with Pool([V4C, LLAMA, EAGER], config, tmp_path, memory=room, threads=1, slack=8) as pool:
         assert not pool.in_turns
-        for peer in (V4C, LLAMA, V4C, EAGER):
+        for peer in (V4C, LLAMA, V4C):
             pool.ask(peer, "prefill")
+        pool.start(EAGER)
+        pool.ask(EAGER, "prefill")
+        assert [pool.is_alive(peer) for peer in (V4C, LLAMA, EAGER)] == [False, True, True]
     names = [V4C.name, LLAMA.name, EAGER.name]
     assert events[:2] == [f"start {names[0]}", f"start {names[1]}"]
     assert events[2:4] == [f"end {names[0]}", f"start {names[2]}"]
