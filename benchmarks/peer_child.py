@@ -34,13 +34,24 @@ class Runner:
         self._prompt: State | None = None
         self._contexts: dict[int, _Context] = {}
 
-    def prefill(self) -> float:
-        """Milliseconds to read `CHUNK` tokens from the start."""
+    def warm(self) -> None:
+        """Read `CHUNK` tokens, untimed: weights come in from disk, memory is touched, kernels are chosen."""
         if self._prompt is None:
             self._prompt = self._engine.begin(CHUNK)
-            self._prompt.read(self._tokens(CHUNK))  # not measured: memory is touched, kernels are chosen
+            self._prompt.read(self._tokens(CHUNK))
+
+    def prefill(self) -> float:
+        """Milliseconds to read `CHUNK` tokens from the start, the same as `warm`."""
+        self.warm()
+        assert self._prompt is not None
         self._prompt.restart()
         return _timed(self._prompt, self._tokens(CHUNK))[0]
+
+    def fill(self, context: int) -> None:
+        """Read `context` tokens but for the last `CHUNK`, untimed, unless that was done."""
+        if context not in self._contexts:
+            self._contexts[context] = _Context(self._engine.begin(context + self._slack), self._tokens(context))
+            self._contexts[context].fill()
 
     def decode(self, context: int, steps: int, save: str | None) -> dict[str, Any]:
         """Milliseconds of `steps` steps behind `context` tokens, and of reading the last `CHUNK` of those.
@@ -51,8 +62,7 @@ class Runner:
             save: file for the logits of the context's last token and of the first `COMPARED_STEPS` steps.
         """
         kept: list[np.ndarray] = []
-        if context not in self._contexts:
-            self._contexts[context] = _Context(self._engine.begin(context + self._slack), self._tokens(context))
+        self.fill(context)
         here = self._contexts[context]
         last_chunk, logits = here.arrive()
         tokens = self._tokens(context + self._slack)
@@ -87,10 +97,20 @@ class _Context:
     def __init__(self, state: State, tokens: np.ndarray) -> None:
         self.state, self._tokens = state, tokens
         self.position = 0
-        self._marked = False
+        self._marked = self._arrived = False
+
+    def fill(self) -> None:
+        """Read all tokens but for the last `CHUNK`, or up to where a peer pretends; so far `rewind` goes back."""
+        context = len(self._tokens)
+        end = context - CHUNK if context <= LONGEST_FILL else LONGEST_FILL
+        while self.position < end:
+            self.state.read(self._tokens[self.position : self.position + CHUNK])
+            self.position += CHUNK
+        if 0 < self.position == context - CHUNK < LONGEST_FILL:
+            self._marked = self.state.mark()
 
     def arrive(self) -> tuple[float | None, np.ndarray | None]:
-        """Stand behind all tokens: the first time by reading them, then by reading the last `CHUNK` again.
+        """Stand behind all tokens: the first time by reading the last `CHUNK` behind `fill`, then by doing so again.
 
         Returns:
             Milliseconds of the last `CHUNK` tokens, and the logits behind the last; None where they were not read now.
@@ -100,25 +120,18 @@ class _Context:
         if context > LONGEST_FILL:
             self._pretend(context)
             return None, None
-        if self.position and not self._marked:
+        if self._arrived and not self._marked:
             return None, None
-        if self.position:
+        if self._arrived:
             self.state.rewind()
             self.position = context - CHUNK
-        ms, logits = 0.0, None
-        while self.position < context:
-            size = min(CHUNK, context - self.position)
-            if context > CHUNK and self.position == context - CHUNK and not self._marked:
-                self._marked = self.state.mark()
-            ms, logits = _timed(self.state, self._tokens[self.position : self.position + size])
-            self.position += size
+        self._arrived = True
+        ms, logits = _timed(self.state, self._tokens[self.position : context])
         whole = context > CHUNK and context % CHUNK == 0
-        return (ms if whole else None), (None if logits is None else logits.copy())
+        self.position = context
+        return (ms if whole else None), logits.copy()
 
     def _pretend(self, context: int) -> None:
-        while self.position < LONGEST_FILL:
-            self.state.read(self._tokens[self.position : self.position + CHUNK])
-            self.position += CHUNK
         if not self.state.pretend(context):
             raise NotImplementedError(f"expected a context up to {LONGEST_FILL} tokens, found {context}")
         self.position = context
@@ -151,16 +164,22 @@ class Child:
         """Make what a peer loads."""
         prepare(PEERS[peer], Path(folder))
 
-    def do_open(self, peer: str, folder: str, threads: int, slack: int) -> dict[str, Any]:
-        """Load a peer."""
-        self._engine = open_engine(PEERS[peer], Path(folder), threads)
+    def do_open(self, peer: str, folder: str, threads: int, slack: int, huge_pages: bool = False) -> dict[str, Any]:
+        """Load a peer, and let it read one prompt that is not timed."""
+        self._engine = open_engine(PEERS[peer], Path(folder), threads, huge_pages)
         self._runner = Runner(self._engine, slack)
+        self._runner.warm()
         return {"version": self._engine.version}
 
     def do_prefill(self) -> float:
         """`Runner.prefill`."""
         assert self._runner is not None
         return self._runner.prefill()
+
+    def do_fill(self, context: int) -> None:
+        """`Runner.fill`."""
+        assert self._runner is not None
+        self._runner.fill(context)
 
     def do_decode(self, context: int, steps: int, save: str | None = None) -> dict[str, Any]:
         """`Runner.decode`."""

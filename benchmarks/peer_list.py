@@ -36,6 +36,7 @@ class Peer:
         copies: how often the weights stand in memory.
         scratch: GiB beside them, for caches and what a prompt needs; seen with v4-mini.
         agreement: largest relative difference of its logits from v4c's that its storage explains.
+        activations: what v4c rounds the rows to that matrices are multiplied with: ``f32`` (not at all) or ``bf16``.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Peer:
     copies: float
     scratch: float
     agreement: float
+    activations: str = "f32"
 
     def needs(self, config: ModelConfig) -> float:
         """Bytes of memory to count on."""
@@ -65,6 +67,7 @@ PEERS = {
     for peer in (
         Peer("v4c-f32", "v4c", "f32", 4.0, 4, "f32.v4c", None, 1.0, 1.0, _EXACT),
         Peer("v4c-bf16", "v4c", "bf16", BF16, 4, "bf16.v4c", None, 1.0, 1.0, _EXACT),
+        Peer("v4c-bf16-act", "v4c", "bf16", BF16, 4, "bf16-act.v4c", None, 1.0, 1.0, _BF16, "bf16"),
         Peer("v4c-int8", "v4c", "int8", Q8_0, 4, "int8.v4c", None, 1.0, 1.0, _8_BITS),
         Peer("v4c-int4", "v4c", "int4", Q4_0, 4, "int4.v4c", None, 1.0, 1.0, _4_BITS),
         Peer("llama-f32", "llama", "f32", 4.0, 2, "f32.gguf", _LONG, 1.0, 0.5, _EXACT),
@@ -83,7 +86,8 @@ with its; and its library measures the machine."""
 
 SAME_BITS = (
     ("v4c-bf16", "llama-bf16"), ("v4c-int8", "llama-q8_0"), ("v4c-int4", "llama-q4_0"),
-    ("v4c-bf16", "transformers-bf16"), ("v4c-f32", "transformers-f32"), ("v4c-f32", "onnxruntime-f32"),
+    ("v4c-bf16", "transformers-bf16"), ("v4c-bf16-act", "llama-bf16"), ("v4c-bf16-act", "transformers-bf16"),
+    ("v4c-f32", "transformers-f32"), ("v4c-f32", "onnxruntime-f32"),
 )  # fmt: skip
 """Pairs that are compared: v4c, and a peer that reads as many bits."""
 
@@ -103,13 +107,15 @@ def chosen(names: Iterable[str]) -> list[Peer]:
     return [peer for name, peer in PEERS.items() if name in wanted]
 
 
-def open_engine(peer: Peer, folder: Path, threads: int) -> Engine:
-    """Load `peer` from the folder of the model."""
+def open_engine(peer: Peer, folder: Path, threads: int, huge_pages: bool = False) -> Engine:
+    """Load `peer` from the folder of the model; v4c's weights into huge pages on request."""
     path = folder / peer.file
     if peer.engine == "v4c":
-        from benchmarks.peer_v4c import V4cEngine as Kind
-    elif peer.engine == "llama":
-        from benchmarks.peer_llama import LlamaEngine as Kind  # type: ignore[assignment]
+        from benchmarks.peer_v4c import V4cEngine
+
+        return V4cEngine(path, threads, peer.storage, huge_pages)
+    if peer.engine == "llama":
+        from benchmarks.peer_llama import LlamaEngine as Kind
     elif peer.engine == "transformers":
         from benchmarks.peer_transformers import TransformersEngine as Kind  # type: ignore[assignment]
     else:
@@ -154,7 +160,8 @@ def prepare(peer: Peer, folder: Path) -> None:
     if peer.engine == "v4c":
         quantised = peer.storage in ("int8", "int4")
         dtype, quant = ("bf16", peer.storage) if quantised else (peer.storage, "none")
-        v4c.compile(checkpoint, path, dtype=dtype, quant=quant)
+        rounded = {} if peer.activations == "f32" else {"activations": peer.activations}
+        v4c.compile(checkpoint, path, dtype=dtype, quant=quant, **rounded)
     elif peer.engine == "llama":
         from benchmarks.peer_gguf import write_gguf
 

@@ -85,11 +85,14 @@ class Pool:
 
     Attributes:
         in_turns: whether all `peers` fit at once, so that they can take turns step by step.
+        huge_pages: whether v4c's weights are copied into them.
     """
 
     def __init__(
-        self, peers: Iterable[Peer], config: ModelConfig, folder: Path, *, memory: float, threads: int, slack: int
-    ) -> None:
+        self, peers: Iterable[Peer], config: ModelConfig, folder: Path, *, memory: float, threads: int, slack: int,
+        huge_pages: bool = False,
+    ) -> None:  # fmt: skip
+        self.huge_pages = huge_pages
         self._config, self._folder, self._memory = config, folder, memory
         self._threads, self._slack = threads, slack
         self._alive: dict[str, tuple[Peer, Process]] = {}
@@ -109,6 +112,18 @@ class Pool:
             self._drop(peer.name)
             raise
 
+    def start(self, peer: Peer) -> None:
+        """Have the process of `peer` ready. Raises `Error`: it cannot be loaded."""
+        try:
+            self._process(peer)
+        except Error:
+            self._drop(peer.name)
+            raise
+
+    def is_alive(self, peer: Peer) -> bool:
+        """Whether `peer` would answer without being loaded."""
+        return peer.name in self._alive
+
     def _process(self, peer: Peer) -> Process:
         if peer.name in self._alive:
             return self._alive[peer.name][1]
@@ -118,7 +133,8 @@ class Pool:
         process = Process(peer.name, self._folder / f"{peer.name}.log", self._threads)
         self._alive[peer.name] = (peer, process)
         opened = process.ask(
-            "open", peer=peer.name, folder=str(self._folder), threads=self._threads, slack=self._slack
+            "open", peer=peer.name, folder=str(self._folder), threads=self._threads, slack=self._slack,
+            huge_pages=self.huge_pages,
         )  # fmt: skip
         self.versions[peer.name] = opened["version"]
         return process

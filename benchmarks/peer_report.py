@@ -13,36 +13,37 @@ from v4c.cli.console import new_table, print_table
 from v4c.runtime.whole_file import replacing
 
 _COLOURS = {"v4c": "#1f6fb2", "llama": "#d97706", "transformers": "#8b5cf6", "onnxruntime": "#6b7280"}
+_LINES = {"bf16": "-", "int8": "--", "q8_0": "--", "v4c-bf16-act": "-."}
+"""By storage, or by name where two of an engine store the same; others are dotted."""
 _NOT_MEASURED = "-"
-_BUSY = 0.75
-"""Below this part of the best bandwidth, something else was running."""
+_BESIDE = 2.0
+"""Seconds before a turn within which limits count as measured beside it."""
 
 
 def heading(document: dict[str, Any]) -> list[str]:
     """What was measured, on what, and how: sentences."""
+    beside = "read and multiplied beside each turn" + _stale(document)
+    pages = "; v4c's weights copied into huge pages" if document["huge_pages"] else ""
     turns = "all processes alive, in turns" if document["in_turns"] else "one peer after another, whole rounds in turns"
-    sentences = [
+    return [
         f"{document['model']}, {document['parameters'] / 1e9:.2f} B parameters; {document['machine']}; "
-        f"{document['threads']} threads for every peer.",
+        f"{document['threads']} threads for every peer{pages}.",
         f"Medians of {document['rounds']} rounds ({turns}), {document['steps']} decode steps each; in brackets the "
         "10th and 90th percentile.",
-        f"In the same run the machine read {document['stream_bandwidth_gbs']:.1f} GB/s "
-        f"{_spread(document, 'bandwidth')} and reached {document['matrix_peak_gflops']:.0f} GFLOP/s "
-        f"{_spread(document, 'peak')} in float32.",
+        f"While it ran, bandwidth varied between {document['lowest_stream_bandwidth_gbs']:.1f} and "
+        f"{document['stream_bandwidth_gbs']:.1f} GB/s, and the float32 peak between "
+        f"{document['lowest_matrix_peak_gflops']:.0f} and {document['matrix_peak_gflops']:.0f} GFLOP/s "
+        f"({len(document['limits'])} counts).",
+        f"Shares are of what was {beside}, medians over the turns; ratios between peers are of medians over rounds in "
+        "turns.",
     ]  # fmt: skip
-    lowest = min(limit["bandwidth"] for limit in document["limits"]) / 1e9 / document["stream_bandwidth_gbs"]
-    if lowest < _BUSY:
-        sentences.append(
-            f"BUSY MACHINE: bandwidth fell to {lowest:.0%} of its best during the run. Other processes cost those "
-            "peers most whose threads wait for each other, so do not quote these figures."
-        )
-    return sentences
 
 
-def _spread(document: dict[str, Any], key: str) -> str:
-    """The best of the run is what shares are of; this is the range of all counts."""
-    counts = [limit[key] / 1e9 for limit in document["limits"]]
-    return f"(best of {len(counts)} counts; lowest {min(counts):.4g})"
+def _stale(document: dict[str, Any]) -> str:
+    """Where limits could not be measured right before a turn: how long before."""
+    parts = [part for peer in document["peers"] for part in (*peer["decode"], *peer["prefill"])]
+    oldest = max(turn["seconds_before"] for part in parts for turn in part["turns"])
+    return "" if oldest < _BESIDE else f" (of peers without v4c beside them: up to {oldest:.0f} s before)"
 
 
 def decode_table(document: dict[str, Any]) -> list[list[str]]:
@@ -166,14 +167,14 @@ def draw_chart(document: dict[str, Any], path: Path) -> None:
     bars, prompts, lines = figure.subplots(1, 3)
     first = min(entry["context"] for peer in peers for entry in peer["decode"])
     steps = [next(e for e in peer["decode"] if e["context"] == first) for peer in peers]
-    _bars(bars, peers, steps, "bandwidth_share", f"decode behind {first} tokens, ms (share of stream bandwidth)")
+    _bars(bars, peers, steps, "bandwidth_share", f"decode behind {first} tokens, ms (share of bandwidth beside)")
     prefills = [peer["prefill"][0] for peer in peers]
-    _bars(prompts, peers, prefills, "peak_share", f"prefill of {document['chunk']}, ms (share of float32 peak)")
+    _bars(prompts, peers, prefills, "peak_share", f"prefill of {document['chunk']}, ms (share of float32 peak beside)")
     for peer in peers:
         if len(peer["decode"]) > 1:
             at = [(entry["context"], entry["ms"]) for entry in peer["decode"]]
             lines.plot(*zip(*at, strict=True), marker="o", label=peer["name"], color=_COLOURS[peer["engine"]],
-                       linestyle={"bf16": "-", "int8": "--", "q8_0": "--"}.get(peer["storage"], ":"))  # fmt: skip
+                       linestyle=_LINES.get(peer["name"]) or _LINES.get(peer["storage"], ":"))  # fmt: skip
     lines.set(xscale="log", xlabel="tokens of context", ylim=(0, None))
     contexts = sorted({entry["context"] for peer in peers for entry in peer["decode"]})
     lines.set_xticks(contexts, [str(n) for n in contexts], minor=False)

@@ -18,23 +18,20 @@ from v4c.runtime.session import Session
 class V4cEngine(Engine):
     """A compiled artifact."""
 
-    def __init__(self, path: Path, threads: int, storage: str) -> None:
+    def __init__(self, path: Path, threads: int, storage: str, huge_pages: bool = False) -> None:
         self.path = path
-        self.model = v4c.load(path, threads=threads, verify="code")
+        self.model = v4c.load(path, threads=threads, verify="code", huge_pages=huge_pages)
         self.vocab_size = self.model.vocab_size
         self.version = f"v4c {self.model.manifest.v4c_version}"
-        self._limits: Limits | None = None
 
     def begin(self, capacity: int) -> State:
         return _V4cState(self.model.new_session(max_context=capacity))
 
     def limits(self) -> dict[str, float]:
         """The best of some counts, taken now: bytes per second from memory, FLOP per second of float32 products."""
-        if self._limits is None:
-            self._limits = Limits(self.model, self.path)
-        self._limits.bandwidth = self._limits.peak = 0.0
-        self._limits.measure()
-        return {"bandwidth": self._limits.bandwidth, "peak": self._limits.peak}
+        limits = Limits(self.model, self.path)  # not kept: what it reads is half a gigabyte, in every v4c peer
+        limits.measure()
+        return {"bandwidth": limits.bandwidth, "peak": limits.peak}
 
     def costs(self, context: int, tokens: int) -> dict[str, Any]:
         """Bytes and FLOPs of a decode step and of a prompt, summed over kernel calls as ``v4c bench`` counts them."""

@@ -1,8 +1,8 @@
 """The same random weights in v4c, transformers, ONNX Runtime and llama.cpp, measured in one run on this machine.
 
 Run ``python -m benchmarks.peers --work DIR`` from a checkout, with the extra ``bench``. Every peer runs in a process of
-its own, with as many threads; medians are printed beside what the machine reads and multiplies in the same run, with a
-line per peer that says whether it computes the same logits. docs/performance.md has the method.
+its own, with as many threads; medians are printed with their shares of what the machine read and multiplied beside each
+turn, and a line per peer that says whether it computes the same logits. docs/performance.md has the method.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def _numbers(context: click.Context, option: click.Parameter, text: str) -> tupl
     help="Decode behind so many tokens; llama.cpp up to 16384, eager transformers and ONNX Runtime up to 1024.",
 )  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="Of every peer.")
+@click.option("--huge-pages", is_flag=True, help="Copy v4c's weights into huge pages, as v4c.load(huge_pages=True).")
 @click.option(
     "--work", type=click.Path(path_type=Path, file_okay=False),
     help="Keep the checkpoint and what peers make of it here: a second run reuses them. Default: a temporary folder.",
@@ -72,6 +73,7 @@ def main(
     steps: int,
     contexts: tuple[int, ...],
     threads: int,
+    huge_pages: bool,
     work: Path | None,
     results: Path | None,
     chart: Path | None,
@@ -89,7 +91,9 @@ def main(
             with tempfile.TemporaryDirectory() as scratch:
                 folder = (work or Path(scratch)).absolute() / model
                 folder.mkdir(parents=True, exist_ok=True)
-                document = measure(model, peers, folder, contexts, rounds=rounds, steps=steps, threads=threads)
+                document = measure(
+                    model, peers, folder, contexts, rounds=rounds, steps=steps, threads=threads, huge_pages=huge_pages
+                )  # fmt: skip
     except Error as error:
         raise click.ClickException(str(error)) from None
     if results is not None:
@@ -111,6 +115,7 @@ def measure(
     rounds: int,
     steps: int,
     threads: int,
+    huge_pages: bool,
 ) -> dict[str, Any]:
     """Prepare and measure `peers`; results as a document.
 
@@ -122,6 +127,7 @@ def measure(
         rounds: turns of each peer.
         steps: decode steps in a turn and context.
         threads: of each peer.
+        huge_pages: whether v4c's peers copy their weights into huge pages.
 
     Raises:
         Error: the reference cannot be made or fails. Other peers that fail are listed with the reason.
@@ -134,7 +140,10 @@ def measure(
     ready, left_out = _prepare(model, config, peers, folder, memory, threads)
     logits = folder / "logits"
     logits.mkdir(exist_ok=True)
-    with Pool(ready, config, folder, memory=memory, threads=threads, slack=rounds * (steps + 1)) as pool:
+    slack = rounds * (steps + 1)
+    with Pool(
+        ready, config, folder, memory=memory, threads=threads, slack=slack, huge_pages=huge_pages
+    ) as pool:  # fmt: skip
         run = Run(pool, ready, contexts, steps, logits, _tell)
         run.left_out = left_out
         for number in range(1, rounds + 1):
@@ -180,7 +189,9 @@ def _read(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text())
         if not isinstance(document, dict) or not document.get("peers"):
             raise ValueError("no peers")
-    except ValueError as error:
+        if not all("turns" in part for peer in document["peers"] for part in (*peer["decode"], *peer["prefill"])):
+            raise ValueError("those of an older version, without limits beside each turn: measure again")
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: expected results of this benchmark, found {error}") from None
     return document
 

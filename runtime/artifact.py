@@ -1,7 +1,7 @@
 """Opening an artifact: read its manifest, verify its files, and map its weights into memory.
 
 Verification comes before anything is loaded, since a library is code. Weights are mapped, not read: pages come in when
-a kernel touches them, and several processes share them.
+a kernel touches them, and several processes share them. On request they are copied instead, into huge pages.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 from v4c.errors import ArtifactError, InputError, UnsupportedError
 from v4c.runtime.cuda import check_device
 from v4c.runtime.dtypes import DTYPES
+from v4c.runtime.huge_pages import copy_files
 from v4c.runtime.library import installed_tvm_version, one_line
 from v4c.runtime.manifest import MANIFEST_NAME, Manifest, StoredWeight, Target
 from v4c.runtime.tensors import tensor_over
@@ -113,6 +114,18 @@ class Artifact:
         """
         return [tensor_over(a, w.dtype) for a, w in zip(self._mapped[1], self.manifest.weights, strict=True)]
 
+    def copy_weights(self) -> list[Any]:
+        """All weights as TVM tensors over copies of the files in huge pages of this process, in manifest order.
+
+        Raises:
+            ArtifactError: the artifact was compiled without weights, or a file cannot be read or is too short.
+            InputError: less memory is free than they take.
+        """
+        self._check_weights()
+        copies = copy_files({file: self.manifest.files[file.name].size for file in self.weight_files})
+        weights = [(weight, copies[self.path / str(weight.file)]) for weight in self.manifest.weights]
+        return [tensor_over(_array(weight, copy), weight.dtype) for weight, copy in weights]
+
     def bound_weights(self, limit: int) -> WeightMemory:
         """Keeps what mapped weights occupy within `limit` bytes.
 
@@ -125,8 +138,7 @@ class Artifact:
     @cached_property
     def _mapped(self) -> tuple[dict[str, mmap.mmap], list[np.ndarray]]:
         """The weight files by name, and the weights in them."""
-        if not self.manifest.has_weights:
-            raise ArtifactError(f"{self.path}: expected weights, found none: it was compiled without them")
+        self._check_weights()
         maps: dict[str, mmap.mmap] = {}
         return maps, [self._map(weight, maps) for weight in self.manifest.weights]
 
@@ -134,7 +146,11 @@ class Artifact:
         assert weight.file is not None
         if weight.file not in maps:
             maps[weight.file] = _map_file(self.path / weight.file)
-        return np.ndarray(weight.shape, DTYPES[weight.dtype].storage, buffer=maps[weight.file], offset=weight.offset)
+        return _array(weight, maps[weight.file])
+
+    def _check_weights(self) -> None:
+        if not self.manifest.has_weights:
+            raise ArtifactError(f"{self.path}: expected weights, found none: it was compiled without them")
 
     def _verify(self, names: Iterable[str]) -> None:
         # Hashing releases the interpreter lock: one thread per file keeps up with a fast disk.
@@ -191,6 +207,11 @@ def _sha256(file: Path) -> str:
             return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise ArtifactError(f"{file}: expected a readable file, found {error.strerror}") from None
+
+
+def _array(weight: StoredWeight, file: mmap.mmap | np.ndarray) -> np.ndarray:
+    """A weight within the bytes of its file."""
+    return np.ndarray(weight.shape, DTYPES[weight.dtype].storage, buffer=file, offset=weight.offset)
 
 
 def _map_file(file: Path) -> mmap.mmap:

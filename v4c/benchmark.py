@@ -49,6 +49,7 @@ def bench(
     profile: bool = False,
     trace: str | os.PathLike[str] | None = None,
     weights_memory: int | str | None = None,
+    huge_pages: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure prefill and decode of an artifact; random tokens, one row.
@@ -62,6 +63,7 @@ def bench(
         profile: also measure every kernel.
         trace: file for a Chrome trace of a profiled step of each kind.
         weights_memory: bytes that weights may occupy, as `load` takes them; the report then has ``experts``.
+        huge_pages: copy the weights into huge pages, as `load` does.
         progress: called with (what, done, total).
 
     Returns:
@@ -76,7 +78,7 @@ def bench(
     if trace is not None and (Path(trace).is_dir() or not Path(trace).parent.is_dir()):
         raise OutputError(f"{trace}: expected a file name in an existing folder")
     rounds = checked_count(rounds, "rounds", 1)
-    model = load(path, threads=threads, weights_memory=weights_memory)
+    model = load(path, threads=threads, weights_memory=weights_memory, huge_pages=huge_pages)
     if model.manifest.plan is not None:
         raise UnsupportedError(f"{path}: expected a model compiled to run, found a simulation: its speed says nothing")
     kernels = model.manifest.build.get("kernels")
@@ -97,6 +99,7 @@ def bench(
     document: dict[str, Any] = {
         "machine": machine(),
         "threads": model.threads,
+        "huge_pages": huge_pages,
         "stream_bandwidth_gbs": limits.bandwidth / 1e9,
         "matrix_peak_gflops": limits.peak / 1e9,
         "decode": [{"context": n} | m.figures(1, limits) for n, m in zip(contexts, decode, strict=True)],

@@ -56,6 +56,8 @@ def test_an_artifact_is_made_once_for_each_state_of_the_sources(
     assert len(made) == 2
     prepare(PEERS["v4c-bf16"], folder)
     assert made[2] == {"dtype": "bf16", "quant": "none"}
+    prepare(PEERS["v4c-bf16-act"], folder)
+    assert made[3] == {"dtype": "bf16", "quant": "none", "activations": "bf16"}
 
 
 def test_a_failure_is_not_taken_for_an_artifact(

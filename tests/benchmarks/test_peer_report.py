@@ -18,7 +18,10 @@ from benchmarks.peers import main
 
 def _peer(name: str, storage: str, decode: dict[int, float], prefill: dict[int, float], agrees: bool) -> dict[str, Any]:
     def times(ms: float) -> dict[str, Any]:
-        return {"ms": ms, "p10_ms": ms - 1, "p90_ms": ms + 2, "samples_ms": [ms]}
+        turn = {
+            "samples_ms": [ms], "bandwidth": 26e9, "peak": 250e9, "measured_by": "v4c-bf16", "seconds_before": 0.1
+        }  # fmt: skip
+        return {"ms": ms, "p10_ms": ms - 1, "p90_ms": ms + 2, "turns": [turn]}
 
     return {
         "name": name, "engine": name.partition("-")[0], "storage": storage, "version": "1",
@@ -38,9 +41,15 @@ def results(tmp_path: Path) -> Path:
     """A run of three peers; one has no long context, and one was left out."""
     document = {
         "model": "v4-mini", "parameters": 186_500_000, "active_parameters": 88_000_000, "machine": "a CPU, 2 CPUs",
-        "threads": 2, "rounds": 5, "steps": 8, "in_turns": True, "chunk": 512, "longest_fill": 16384,
-        "stream_bandwidth_gbs": 26.0, "matrix_peak_gflops": 250.0,
-        "limits": [{"bandwidth": 26e9, "peak": 250e9}, {"bandwidth": 21e9, "peak": 199e9}], "kernel_costs": {},
+        "threads": 2, "rounds": 5, "steps": 8, "in_turns": True, "huge_pages": False, "chunk": 512,
+        "longest_fill": 16384,
+        "stream_bandwidth_gbs": 26.0, "lowest_stream_bandwidth_gbs": 21.0,
+        "matrix_peak_gflops": 250.0, "lowest_matrix_peak_gflops": 199.0,
+        "limits": [
+            {"bandwidth": 26e9, "peak": 250e9, "measured_by": "v4c-bf16"},
+            {"bandwidth": 21e9, "peak": 199e9, "measured_by": "v4c-bf16"},
+        ],
+        "kernel_costs": {},
         "peers": [
             _peer("v4c-bf16", "bf16", {1024: 10.0, 16384: 12.0}, {0: 500.0, 15872: 600.0}, True),
             _peer("llama-bf16", "bf16", {1024: 25.0, 16384: 72.0}, {0: 1500.0, 15872: 6600.0}, False),
@@ -62,7 +71,10 @@ def test_markdown(results: Path) -> None:
     result = _run("--from", results, "--markdown")
     assert result.exit_code == 0, result.output
     text = result.stdout
-    assert "26.0 GB/s (best of 2 counts; lowest 21)" in text
+    assert "bandwidth varied between 21.0 and 26.0 GB/s, and the float32 peak between 199 and 250 GFLOP/s" in text
+    assert "(2 counts)" in text
+    assert "Shares are of what was read and multiplied beside each turn, medians over the turns;" in text
+    assert "ratios between peers are of medians over rounds in turns" in text
     assert "all processes alive, in turns" in text
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     assert ["llama-bf16", "25.00 (24.00-27.00)", "72.00 (71.00-74.00)", "50%", "50%"] in rows
@@ -90,11 +102,18 @@ def test_whole_rounds_are_said(results: Path) -> None:
     assert "one peer after another, whole rounds in turns" in _run("--from", results).stdout
 
 
-def test_a_busy_machine_is_said(results: Path) -> None:
-    assert "BUSY" not in _run("--from", results).stdout
-    busy = {"limits": [{"bandwidth": 26e9, "peak": 250e9}, {"bandwidth": 13e9, "peak": 100e9}]}
-    results.write_text(json.dumps(json.loads(results.read_text()) | busy))
-    assert "BUSY MACHINE: bandwidth fell to 50% of its best" in _run("--from", results).stdout
+def test_huge_pages_are_said(results: Path) -> None:
+    assert "2 threads for every peer." in _run("--from", results).stdout
+    results.write_text(json.dumps(json.loads(results.read_text()) | {"huge_pages": True}))
+    assert "2 threads for every peer; v4c's weights copied into huge pages." in _run("--from", results).stdout
+
+
+def test_limits_from_long_before_are_said(results: Path) -> None:
+    assert "before)" not in _run("--from", results).stdout
+    document = json.loads(results.read_text())
+    document["peers"][1]["decode"][0]["turns"][0]["seconds_before"] = 61.2
+    results.write_text(json.dumps(document))
+    assert "beside each turn (of peers without v4c beside them: up to 61 s before)" in _run("--from", results).stdout
 
 
 def test_chart_and_json(results: Path, tmp_path: Path) -> None:
@@ -128,7 +147,10 @@ def test_bad_arguments(arguments: list[str], code: int, message: str, tmp_path: 
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"peers": []}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"peers": []}', '{"peers": [{}]}', '{"peers": [{"decode": [{"samples_ms": [1]}], "prefill": []}]}'],
+)
 def test_results_that_are_none(content: str, tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text(content)

@@ -42,7 +42,7 @@ def test_json_is_one_document(tiny_artifact: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     document = json.loads(result.stdout)
     assert list(document) == [
-        "machine", "threads", "stream_bandwidth_gbs", "matrix_peak_gflops", "decode", "prefill", "profile"
+        "machine", "threads", "huge_pages", "stream_bandwidth_gbs", "matrix_peak_gflops", "decode", "prefill", "profile"
     ]  # fmt: skip
     assert document["threads"] == 1
     assert {"context", "ms", "tokens_per_second", "bytes_read", "bandwidth_share"} <= document["decode"][0].keys()

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .console import Progress, bytes_text, count_text, new_table, print_json, print_table
-from .options import debug_option, json_option, threads_option, weights_memory_option
+from .options import debug_option, huge_pages_option, json_option, threads_option, weights_memory_option
 
 
 @click.command()
@@ -22,6 +22,7 @@ from .options import debug_option, json_option, threads_option, weights_memory_o
     "--rounds", type=int, default=25, show_default=True, metavar="N", help="Steps to measure; a fifth as many prompts."
 )
 @weights_memory_option
+@huge_pages_option
 @threads_option
 @click.option("--profile", is_flag=True, help="Measure every kernel, sorted by what could still be won.")
 @click.option(
@@ -35,6 +36,7 @@ def bench(
     prompt_tokens: int,
     rounds: int,
     weights_memory: str | None,
+    huge_pages: bool,
     threads: int | None,
     profile: bool,
     trace: Path | None,
@@ -51,12 +53,12 @@ def bench(
     with Progress() as progress:
         document = v4c.bench(
             artifact, contexts=contexts, prompt_tokens=prompt_tokens, threads=threads, rounds=rounds, profile=profile,
-            trace=trace, weights_memory=weights_memory, progress=progress,
+            trace=trace, weights_memory=weights_memory, huge_pages=huge_pages, progress=progress,
         )  # fmt: skip
     if as_json:
         print_json(document)
         return
-    click.echo(f"{document['machine']}; {document['threads']} threads")
+    click.echo(f"{document['machine']}; {document['threads']} threads{'; weights in huge pages' if huge_pages else ''}")
     click.echo(
         f"reads {document['stream_bandwidth_gbs']:.1f} GB/s, multiplies and adds {document['matrix_peak_gflops']:.0f} "
         "GFLOP/s"

@@ -35,6 +35,10 @@ weights_memory_option = click.option(
     "--weights-memory", metavar="SIZE", help="Memory that weights may take, such as 4GiB; experts stay on disk."
 )
 
+huge_pages_option = click.option(
+    "--huge-pages", is_flag=True, help="Copy the weights into 2 MiB pages of this process: faster, if they fit."
+)
+
 
 def output_option(metavar: str, help: str) -> Callable[[Command], Command]:
     """``-o``, required."""

@@ -13,7 +13,7 @@ from v4c.errors import InputError, OutputError
 
 from .console import bytes_text, message, print_json
 from .continuation import Continuation
-from .options import debug_option, json_option, threads_option, weights_memory_option
+from .options import debug_option, huge_pages_option, json_option, threads_option, weights_memory_option
 
 if TYPE_CHECKING:
     from v4c.runtime.generation import Token
@@ -41,6 +41,7 @@ _LARGEST_TOKEN = 2**63 - 1
 @click.option("--save-session", metavar="FILE", type=click.Path(path_type=Path), help="Save the session at the end.")
 @click.option("--max-context", type=int, metavar="N", help="Tokens the caches can hold (default: what is needed).")
 @weights_memory_option
+@huge_pages_option
 @json_option
 @threads_option
 @debug_option
@@ -56,6 +57,7 @@ def run(
     save_session: Path | None,
     max_context: int | None,
     weights_memory: str | None,
+    huge_pages: bool,
     as_json: bool,
     threads: int | None,
     **sampling: Any,
@@ -80,7 +82,7 @@ def run(
     from v4c.runtime.model import load
 
     options = Options(max_new_tokens, eos=not ignore_eos, stop=stop, **sampling)
-    model = load(artifact, threads=threads, weights_memory=weights_memory)
+    model = load(artifact, threads=threads, weights_memory=weights_memory, huge_pages=huge_pages)
     start = time.perf_counter()
     work = Continuation(model, ids, options, max_context, session, save_session is not None)
     shown = Shown(work, as_json, options.logprobs is not None)
