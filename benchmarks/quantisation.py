@@ -23,6 +23,7 @@ from v4c.frontend.presets import preset
 
 STORAGES = {
     "bf16": {"dtype": "bf16"},
+    "bf16, rows too": {"dtype": "bf16", "activations": "bf16"},
     "int8": {"dtype": "bf16", "quant": "int8"},
     "int4": {"dtype": "bf16", "quant": "int4"},
 }
