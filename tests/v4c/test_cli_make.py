@@ -94,14 +94,17 @@ def test_export_options_reach_the_api(calls: list[tuple[Any, ...]]) -> None:
 def test_compile_options_reach_the_api(calls: list[tuple[Any, ...]]) -> None:
     assert invoke("compile", "-m", "m.onnx", "-o", "x").exit_code == 0
     result = invoke("compile", "--preset", "v4-mini", "--no-weights", "--target", "cuda:sm_90a", "--dtype", "bf16",
-                    "--quant", "int4", "--kv", "fp8", "--disable-pass", "a", "--disable-pass", "b", "--dump-ir", "ir",
-                    "--tuning", "db.json", "--no-mtp", "--strict", "--dry-run", "-o", "y")  # fmt: skip
+                    "--quant", "int4", "--kv", "fp8", "--activations", "bf16", "--disable-pass", "a",
+                    "--disable-pass", "b", "--dump-ir", "ir", "--tuning", "db.json",
+                    "--no-mtp", "--strict", "--dry-run", "-o", "y")  # fmt: skip
     assert result.exit_code == 0
     assert json.loads(result.stdout) == {"target": "cpu"}
-    defaults = {"target": "cpu", "dtype": "f32", "quant": "none", "kv": "f32", "weights": True, "disable_passes": (),
-                "dump_ir": None, "tuning": None, "mtp": True, "strict": False, "dry_run": False}  # fmt: skip
-    given = {"target": "cuda:sm_90a", "dtype": "bf16", "quant": "int4", "kv": "fp8", "weights": False,
-             "disable_passes": ("a", "b"), "dump_ir": Path("ir"), "tuning": Path("db.json"),
+    defaults = {"target": "cpu", "dtype": "f32", "quant": "none", "kv": "f32", "activations": "f32",
+                "weights": True, "disable_passes": (), "dump_ir": None, "tuning": None,
+                "mtp": True, "strict": False, "dry_run": False}  # fmt: skip
+    given = {"target": "cuda:sm_90a", "dtype": "bf16", "quant": "int4", "kv": "fp8",
+             "activations": "bf16", "weights": False, "disable_passes": ("a", "b"), "dump_ir": Path("ir"),
+             "tuning": Path("db.json"),
              "mtp": False, "strict": True, "dry_run": True}  # fmt: skip
     assert calls == [(Path("m.onnx"), Path("x"), defaults), (preset("v4-mini"), Path("y"), given)]
 
