@@ -85,9 +85,10 @@ def fill(session: Session, rng: np.random.Generator) -> None:
                 if spec.dtype == "float32":
                     piece[...] = rng.standard_normal(piece.shape, np.float32)
                 elif spec.dtype == "bfloat16":  # 0.25 to 2 and their negatives
-                    piece[...] = rng.integers(0x3E80, 0x4000, piece.shape) | rng.integers(0, 2, piece.shape) << 15
+                    sign = rng.integers(0, 2, piece.shape, np.uint16) << 15
+                    piece[...] = rng.integers(0x3E80, 0x4000, piece.shape, np.uint16) | sign
                 else:  # as E4M3 1.5 to 1.875, as bfloat16 some hundredths, as a scale 2**-67 to 2**-64
-                    piece[...] = rng.integers(0x3C, 0x40, piece.shape)
+                    piece[...] = rng.integers(0x3C, 0x40, piece.shape, np.uint8)
 
 
 def decoding(artifact: Path, config: Any, kv: estimate.CacheDtype, rounds: int) -> dict[str, Any]:
