@@ -49,7 +49,7 @@ def load(
         UnsupportedError: it was compiled for a target this runtime cannot drive, or for a GPU and something that needs
             is missing; or this kernel gives no huge pages on advice.
         InputError: ``verify`` is unknown, ``threads`` is not what the process already runs with, ``weights_memory`` is
-            no size, or too small, or ``huge_pages`` come with it, for a GPU, or in less memory than is free.
+            no size, or too small, or ``huge_pages`` come with it, for a GPU, or need more memory than is free.
     """
     bound = None if weights_memory is None else parse_bytes(weights_memory, "weights_memory")
     if huge_pages and bound is not None:

@@ -122,8 +122,9 @@ def compile(
             rounded to 8 bits.
         kv: storage of the window, the compressed rows and the indexer's: ``f32``, ``bf16``, or ``fp8`` (e4m3 with the
             rotated dims in bfloat16, and FP4 rows for the indexer). CPU only beyond ``f32``.
-        activations: ``bf16`` rounds the rows that bfloat16 matrices are multiplied with to bfloat16, twice as fast in
-            prompts where the processor has AVX512-BF16; sums stay float32. CPU only, with `dtype` ``bf16``.
+        activations: ``bf16`` rounds the rows that bfloat16 matrices are multiplied with to bfloat16: twice the
+            products per instruction where the processor has AVX512-BF16; sums stay float32. CPU only, with `dtype`
+            ``bf16``.
         weights: False builds the library alone; the artifact can be inspected, not run.
         disable_passes: names of optional passes to leave out.
         dump_ir: folder for the module's text after every pass.

@@ -68,9 +68,10 @@ def tune(
     if target.partition(":")[0] == "ascend":
         from v4c.targets.ascend.tune import tune_file
 
-        if ops or quant != "none":
-            found = f"op {min(ops)}" if ops else f"quant {quant}"
-            raise UnsupportedError(f"target {target}: expected all products, not quantised, found {found}")
+        asked = [f"op {op}" for op in sorted(ops)[:1]]
+        asked += [f"quant {quant}"] * (quant != "none") + [f"activations {activations}"] * (activations != "f32")
+        if asked:
+            raise UnsupportedError(f"target {target}: expected all products, not quantised, found {asked[0]}")
         return tune_file(source, file, target.partition(":")[2], dtype, trials, progress)
     choose_threads(threads)
     threads = threads or int(os.environ["TVM_NUM_THREADS"])

@@ -169,6 +169,7 @@ def test_the_command(tmp_path, monkeypatch):
     [
         (("--target", "ascend:910X"), "device '910X'"),
         (("--target", "ascend", "--quant", "int8"), "not quantised, found quant int8"),
+        (("--target", "ascend", "--dtype", "bf16", "--activations", "bf16"), "not quantised, found activations bf16"),
         (("--target", "ascend", "--op", "linear"), "expected all products, not quantised, found op linear"),
         (("--target", "ascend:Ascend950PR_9599"), "expected tiles for Ascend950PR_9599, found those of Ascend910B1"),
     ],
