@@ -24,6 +24,9 @@ from v4c.targets.cuda.target import CUDATarget
 
 GOALS = {"decode": "at least 70 % of bandwidth", "prefill": "at least 50 % of bf16", "csa": "at least 5x torch"}
 
+WEIGHT_BYTES = {"bfloat16": 2, "fp8": 1 + 1 / 128, "fp4": 1 / 2 + 1 / 32}
+"""Of one weight, its share of a scale included."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -46,19 +49,25 @@ def cases(size: str, context: int) -> list[Case]:
     product, attend = ProductSchedule(), AttentionSchedule()
     found = []
     for n, k in ((c.q_lora_rank, d), (heads * width, c.q_lora_rank), (d, d)):
-        linear = Kernel(products.merged_linear, ((n,), k, "bfloat16", None, product))
-        for m in (1, 4, 512):
-            goal = GOALS["decode"] if m == 1 else GOALS["prefill"] if m == 512 and n == k else ""
-            moved = 2 * n * k + 4 * m * (n + k)
-            found.append(Case(f"product {m} x {n} x {k}", linear, {"m": m}, moved, 2 * m * n * k, goal))
-    moe = Kernel(
-        experts.mixture_of_experts,
-        (c.n_routed_experts, d, f, c.num_experts_per_tok, 10.0, "bfloat16", f, ExpertSchedule()),
-    )
-    for tokens in (1, 512):
-        used = min(c.n_routed_experts, tokens * c.num_experts_per_tok) + 1
-        work = 6 * tokens * (c.num_experts_per_tok + 1) * d * f
-        found.append(Case(f"experts, {tokens} tokens", moe, {"b": 1, "s": tokens}, used * 6 * d * f, work))
+        for dtype in ("bfloat16", "fp8"):
+            linear = Kernel(products.merged_linear, ((n,), k, dtype, None, product))
+            for m in (1, 4, 512):
+                goal = GOALS["decode"] if m == 1 else GOALS["prefill"] if m == 512 and n == k else ""
+                moved = WEIGHT_BYTES[dtype] * n * k + 4 * m * (n + k)
+                found.append(Case(f"product {m} x {n} x {k}, {dtype}", linear, {"m": m}, moved, 2 * m * n * k, goal))
+    for dtype, shared in (("bfloat16", "bfloat16"), ("fp4", "fp8")):
+        moe = Kernel(
+            experts.mixture_of_experts,
+            (c.n_routed_experts, d, f, c.num_experts_per_tok, 10.0, dtype, f, shared, ExpertSchedule()),
+        )
+        for tokens in (1, 512):
+            used = min(c.n_routed_experts, tokens * c.num_experts_per_tok)
+            moved = 3 * d * f * (used * WEIGHT_BYTES[dtype] + WEIGHT_BYTES[shared])
+            work = 6 * tokens * (c.num_experts_per_tok + 1) * d * f
+            found.append(Case(
+                f"experts, {tokens} tokens, {dtype}", moe, {"b": 1, "s": tokens}, moved, work,
+                GOALS["decode"] if tokens == 1 else "",
+            ))  # fmt: skip
     for name, top, n, ratio in (("CSA", top_k, rows, 4), ("HCA", -1, context // 128, 128)):
         if top > 0:
             kernel = Kernel(attention.compressed_sparse_attention, (heads, width, 128, top, width**-0.5, 64, attend))

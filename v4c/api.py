@@ -142,7 +142,7 @@ def compile(
         v4c.Error: bad input or an output that cannot be written; nothing is left behind.
     """
     from v4c.compiler import DTYPES, KV_FORMATS, compile_model, plan, storage_of
-    from v4c.targets.cpu.kernels.quant_packing import QUANTISED
+    from v4c.targets.quantisation import QUANTISED
     from v4c.tuning import read_tuning
 
     _one_of("dtype", dtype, tuple(DTYPES))

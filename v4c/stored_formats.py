@@ -11,7 +11,7 @@ from v4c.frontend.config import ModelConfig
 from v4c.frontend.names import tensor_specs
 from v4c.frontend.native_layout import native_format
 from v4c.passes.relax.layouts import WeightSpec
-from v4c.targets.cpu.kernels.native_packing import NativeRows
+from v4c.targets.native_rows import NativeRows
 
 _STORED = {"fp8": "fp8", "fp4": "fp4", "bf16": "bfloat16"}
 

@@ -18,7 +18,7 @@ import numpy as np
 from v4c.errors import CheckpointError, InputError
 from v4c.progress import Progress
 from v4c.targets.cpu.kernels.native_packing import BLOCK_BYTES
-from v4c.targets.cpu.kernels.quant_packing import QUANTISED, dequantised
+from v4c.targets.quantisation import QUANTISED, dequantised
 
 if TYPE_CHECKING:
     from v4c.frontend.config import ModelConfig
@@ -49,7 +49,7 @@ an indexer that was about to choose otherwise then does."""
 
 NATIVE_TOLERANCE = 0.1
 """The same for FP8 and FP4 weights as the checkpoint has them, of a typical position: only the rows for FP4 experts are
-rounded."""
+rounded. And for all weights of 8 or 4 bits on a GPU, where no rows are rounded to 8 bits."""
 
 NARROW_CACHE_TOLERANCES = {"f32": 0.0, "bf16": 5e-3, "fp8": 5e-2}
 """The same for narrow caches, of a typical position. The reference rounds rows as the caches do, but where the last bit
@@ -152,13 +152,13 @@ def verify(
 def _tolerance(model: Model) -> tuple[float, bool]:
     """What is allowed in units of the logits' deviation, and whether of a typical position rather than the worst."""
     weights, kv = model.manifest.dtypes.weights, _kv(model)
-    if weights in QUANTISED:
+    if weights in QUANTISED and not _on_gpu(model):
         typical = QUANTISED_TOLERANCE
-    elif weights == "native":
+    elif weights in QUANTISED or weights == "native":
         typical = NATIVE_TOLERANCE
     elif model.manifest.target.name.startswith("ascend-sim"):  # whose activations are rounded as its weights are
         typical = HALF_TOLERANCES[weights]
-    elif _rounds_rows(model) or (weights == "bfloat16" and model.target.name.startswith("cuda")):
+    elif _rounds_rows(model) or (weights == "bfloat16" and _on_gpu(model)):
         typical = BFLOAT16_TOLERANCE
     else:
         typical = 0.0
@@ -211,11 +211,9 @@ class _AsStored:
         self._bits = QUANTISED.get(model.manifest.dtypes.weights)
         self._pairs = _rounds_rows(model)
         shapes = {part: w.shape for w in model.manifest.weights for part in part_names(w.name)}
-        self._fp4 = {name for name, shape in shapes.items() if self._native(model) and shape[-1] == BLOCK_BYTES["fp4"]}
-
-    @staticmethod
-    def _native(model: Model) -> bool:
-        return model.manifest.dtypes.weights == "native"
+        self._on_gpu = _on_gpu(model)
+        native = model.manifest.dtypes.weights == "native" and not self._on_gpu
+        self._fp4 = {name for name, shape in shapes.items() if native and shape[-1] == BLOCK_BYTES["fp4"]}
 
     def load(self, name: str, dtype: str | None = None) -> np.ndarray:
         stored = self._stored.get(name)
@@ -230,7 +228,7 @@ class _AsStored:
 
     def rounds_rows(self, name: str) -> bool:
         """Whether the rows that a tensor is multiplied with are rounded."""
-        return name in self._fp4 or self.quantised(name) or self._paired(name)
+        return name in self._fp4 or (self.quantised(name) and not self._on_gpu) or self._paired(name)
 
     def _paired(self, name: str) -> bool:
         """Whether a tensor is bfloat16 in pairs, whose rows are rounded to bfloat16."""
@@ -239,6 +237,11 @@ class _AsStored:
     def quantised(self, name: str) -> bool:
         """Whether a tensor was quantised to 8 or 4 bits."""
         return self._bits is not None and self._stored.get(name) == "uint8"
+
+
+def _on_gpu(model: Model) -> bool:
+    """Whether it is code for a GPU, whose tensor cores round rows and weights to bfloat16; elsewhere nothing is."""
+    return model.target.name.startswith("cuda")
 
 
 def _rounds_rows(model: Model) -> bool:

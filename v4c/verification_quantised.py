@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from v4c.custom_ops.grouped_experts import grouped_experts
-from v4c.targets.cpu.kernels.quant_packing import GROUP
+from v4c.targets.quantisation import GROUP
 
 
 def rounded_rows(x: Tensor) -> Tensor:

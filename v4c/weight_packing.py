@@ -25,7 +25,7 @@ from v4c.runtime import manifest as artifact
 from v4c.runtime.writer import ArtifactWriter
 from v4c.stored_formats import read_native
 from v4c.targets.base import Target
-from v4c.targets.cpu.kernels.native_packing import NATIVE_GROUPS
+from v4c.targets.native_rows import NATIVE_GROUPS
 
 
 @runtime_checkable

@@ -12,9 +12,9 @@ from v4c.custom_ops import TensorSpec
 from v4c.errors import UnsupportedError
 from v4c.passes.relax.layouts import PAIRS, PRODUCT_LAYOUTS, TABLE_LAYOUTS, Layout, WeightSpec
 
+from ..native_rows import NATIVE_GROUPS, NativeRows
+from ..quantisation import QUANTISED
 from .kernels.native_packing import (
-    NATIVE_GROUPS,
-    NativeRows,
     native_pack_gate_up,
     native_pack_rows,
     native_packed_gate_up_shape,
@@ -27,13 +27,7 @@ from .kernels.pair_packing import (
     pair_packed_gate_up_shape,
     pair_packed_shape,
 )
-from .kernels.quant_packing import (
-    QUANTISED,
-    quant_pack_gate_up,
-    quant_pack_rows,
-    quant_packed_gate_up_shape,
-    quant_packed_shape,
-)
+from .kernels.quant_packing import quant_pack_gate_up, quant_pack_rows, quant_packed_gate_up_shape, quant_packed_shape
 
 _BY_ROWS = (Layout.LINEAR, Layout.ROUTER, Layout.EXPERTS_DOWN)
 _NUMPY = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "int64": np.int64}

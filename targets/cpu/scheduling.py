@@ -14,6 +14,7 @@ from typing import Any
 
 from v4c.passes.relax.kernels import Kernel
 
+from ..quantisation import QUANTISED
 from ..schedule import Schedule
 from ..scheduler import Arguments, Scheduler, Tunable, key, named
 from ..tuning_database import Record, TuningDatabase, processor
@@ -26,7 +27,6 @@ from .kernels.linear_unpacked import linear_unpacked
 from .kernels.mhc import mhc_head, mhc_post, mhc_pre
 from .kernels.mhc_fused import mhc_post_pre_norm, mhc_pre_norm
 from .kernels.packing import panels
-from .kernels.quant_packing import QUANTISED
 from .kernels.routers import topk_router
 from .levels import dot_level
 from .schedule import (

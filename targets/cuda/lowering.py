@@ -63,7 +63,10 @@ class CUDAKernels:
     def custom(self, op: CustomOp, inputs: Sequence[TensorSpec], attributes: Attributes) -> Kernel:
         if op.name not in _FACTORIES:
             raise UnsupportedError(f"operator {op.name}: no CUDA kernel")
-        sizes = SIZES[op.name](dict(zip(op.inputs, inputs, strict=True)), attributes)
+        named = dict(zip(op.inputs, inputs, strict=True))
+        sizes = SIZES[op.name](named, attributes)
+        if op.name == "MixtureOfExperts":
+            sizes += (named["shared_gate_up"].dtype,)
         return self.scheduler.scheduled(Kernel(_FACTORIES[op.name], sizes))
 
     def linear(self, sizes: tuple[int, ...], k: int, dtype: str, norm_eps: float | None) -> Kernel:

@@ -83,7 +83,7 @@ class Bench:
         function, compiled = self.build(kernel)
         shapes = [_shape(p, sizes) for p in function.params]
         own = int(function.attrs[SCRATCH])
-        nbytes = sum(int(np.prod(shape)) * (2 if dtype == "bfloat16" else 4) for shape, dtype in shapes)
+        nbytes = sum(int(np.prod(shape)) * _itemsize(dtype) for shape, dtype in shapes)
         sets = int(min(_MOST_SETS, max(1, -(-2 * CACHE_BYTES // max(nbytes, 1)))))
         made = []
         for number in range(sets):
@@ -129,6 +129,12 @@ class Bench:
             raise Error(f"CUDA events: expected success, found CUDA error {error}")
 
 
+def _itemsize(dtype: str) -> int:
+    from v4c.runtime.dtypes import DTYPES
+
+    return DTYPES[dtype].storage.itemsize if dtype in DTYPES else np.dtype(dtype).itemsize
+
+
 def _shape(param: Any, sizes: Mapping[str, int]) -> tuple[tuple[int, ...], str]:
     from tvm import sym, tirx
 
@@ -162,6 +168,8 @@ def _values(
         most = int(buffers["gate_up"][0]) if "gate_up" in buffers else sizes.get("n", 1)
         keys = random.random((*shape[:-1], most)).argsort(-1)[..., : shape[-1]]
         return np.resize(keys, shape)  # different ones, as far as there are enough
+    if dtype == "uint8":  # as codes some tenths, as scales of either kind small
+        return random.integers(0x30, 0x40, shape, np.uint8)
     return random.standard_normal(shape, dtype=np.float32) / 8
 
 

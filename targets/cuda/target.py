@@ -20,6 +20,7 @@ from ..tuning_database import TuningDatabase
 from . import packing, toolchain
 from .architectures import ARCHITECTURES, DEFAULT, Architecture, find
 from .device_module import Compiler, machine_code
+from .kernels.products import WEIGHTS
 from .launch import CTYPES
 from .lowering import CUDAKernels
 from .scheduling import scheduler
@@ -71,11 +72,12 @@ class CUDATarget:
             raise UnsupportedError(f"kv {storage.kv!r}: expected f32 for target cuda")
         if storage.activations != "float32":
             raise UnsupportedError("activations bf16: expected f32 for target cuda, whose bfloat16 weights imply it")
-        for dtype in (storage.tables, storage.products):
-            if dtype not in CTYPES:
-                raise UnsupportedError(
-                    f"weights: expected float32 or bfloat16 (--quant none) for target cuda, found {dtype}"
-                )
+        if storage.tables not in (*CTYPES, "native"):
+            raise UnsupportedError(f"tables: expected float32 or bfloat16 for target cuda, found {storage.tables}")
+        if storage.products not in (*WEIGHTS, "native"):
+            raise UnsupportedError(
+                f"weights: expected {', '.join(WEIGHTS)} or native for target cuda, found {storage.products}"
+            )
 
     def pack(self, weight: WeightSpec, array: np.ndarray) -> np.ndarray:
         return packing.pack(weight, array)

@@ -15,13 +15,12 @@ from v4c.targets.cpu.kernels.experts import grouped_experts, mixture_of_experts
 from v4c.targets.cpu.kernels.grouped_linear import grouped_linear
 from v4c.targets.cpu.kernels.linear import linear, merged_linear
 from v4c.targets.cpu.kernels.native_packing import (
-    NATIVE_GROUPS,
-    NativeRows,
     native_pack_gate_up,
     native_pack_rows,
     native_packed_gate_up_shape,
     native_packed_shape,
 )
+from v4c.targets.native_rows import NATIVE_GROUPS, NativeRows
 
 SEEDS = st.integers(0, 2**32 - 1)
 DTYPES = ["fp8", "fp4"]

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tests.targets.cpu_harness import compiled, run
 from tests.targets.quantised_reference import BITS, VNNI, rounded
 from v4c.targets.cpu.kernels.experts import grouped_experts, mixture_of_experts
-from v4c.targets.cpu.kernels.quant_packing import dequantised, quant_pack_gate_up, quant_pack_rows
+from v4c.targets.cpu.kernels.quant_packing import quant_pack_gate_up, quant_pack_rows
+from v4c.targets.quantisation import dequantised
 
 LIMIT = 2.0
 SEEDS = st.integers(0, 2**32 - 1)

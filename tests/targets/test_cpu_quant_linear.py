@@ -11,10 +11,11 @@ from tests.targets.cpu_harness import compiled, run
 from tests.targets.quantised_reference import BITS, VNNI, rounded
 from v4c.targets.cpu.kernels.grouped_linear import grouped_linear
 from v4c.targets.cpu.kernels.linear import linear, merged_linear
-from v4c.targets.cpu.kernels.quant_packing import GROUP, block_bytes, dequantised, quant_pack_rows
+from v4c.targets.cpu.kernels.quant_packing import block_bytes, quant_pack_rows
 from v4c.targets.cpu.kernels.rms_norm import rms_norm
 from v4c.targets.cpu.kernels.weight_formats import SERIAL_INPUTS
 from v4c.targets.cpu.schedule import ProductSchedule
+from v4c.targets.quantisation import GROUP, dequantised
 
 ROWS_PER_TASK = ProductSchedule().rows_per_task
 SEEDS = st.integers(0, 2**32 - 1)

@@ -13,13 +13,12 @@ from v4c.passes.relax.layouts import Layout, WeightSpec
 from v4c.targets.cpu import packing
 from v4c.targets.cpu.kernels.packing import PANEL
 from v4c.targets.cpu.kernels.quant_packing import (
-    GROUP,
-    dequantised,
     quant_pack_gate_up,
     quant_pack_rows,
     quant_packed_gate_up_shape,
     quant_packed_shape,
 )
+from v4c.targets.quantisation import GROUP, dequantised
 
 SEEDS = st.integers(0, 2**32 - 1)
 LARGEST = {8: 127, 4: 8}

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
+from ...native_rows import NATIVE_GROUPS
 from .common import VECTOR
-from .native_packing import NATIVE_GROUPS, SCALE_BYTES
+from .native_packing import SCALE_BYTES
 from .packing import PANEL
 from .row_formats import e4m3_value, scale_value
 

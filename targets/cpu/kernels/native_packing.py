@@ -13,44 +13,15 @@ Missing inputs and outputs have code 0 and scale 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
 
+from ...native_rows import NATIVE_GROUPS, ONE, NativeRows
 from .packing import PANEL, panels
-
-NATIVE_GROUPS = {"fp8": 128, "fp4": 32}
-"""Storage dtypes of this module, and the inputs that share a scale."""
 
 SCALE_BYTES = {"fp8": 64, "fp4": PANEL}
 """What stands before the codes of a block."""
 
 BLOCK_BYTES = {"fp8": 64 + 128 * PANEL, "fp4": PANEL + 16 * PANEL}
-_ONE = 127
-"""E8M0 code of 1."""
-
-
-@dataclass(frozen=True)
-class NativeRows:
-    """Rows of a weight as a checkpoint has them.
-
-    Attributes:
-        codes: uint8 ``[..., N, K]`` of FP8, ``[..., N, ceil(K / 2)]`` of FP4, the even input in the low bits.
-        scales: uint8 ``[..., N, ceil(K / group)]``, E8M0.
-    """
-
-    codes: np.ndarray
-    scales: np.ndarray
-
-    def reshaped(self, *lead: int) -> NativeRows:
-        """The same rows with other leading dimensions."""
-        return NativeRows(*(a.reshape(*lead, a.shape[-1]) for a in (self.codes, self.scales)))
-
-    def split(self, sizes: Sequence[int]) -> list[NativeRows]:
-        """Runs of rows of a matrix."""
-        ends = np.cumsum(sizes)[:-1]
-        return [NativeRows(c, s) for c, s in zip(np.split(self.codes, ends), np.split(self.scales, ends), strict=True)]
 
 
 def native_packed_shape(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
@@ -71,11 +42,11 @@ def native_pack_rows(weight: NativeRows, dtype: str) -> np.ndarray:
     group, groups, count = NATIVE_GROUPS[dtype], weight.scales.shape[-1], panels(n)
     flat = weight.reshaped(-1, n)
     packed = np.zeros((len(flat.codes), count, groups, BLOCK_BYTES[dtype]), np.uint8)
-    packed[..., :PANEL] = _ONE
+    packed[..., :PANEL] = ONE
     width = groups * group // (2 if dtype == "fp4" else 1)
     for i, (codes, scales) in enumerate(zip(flat.codes, flat.scales, strict=True)):
         codes = np.pad(codes, ((0, count * PANEL - n), (0, width - codes.shape[1])))
-        scales = np.pad(scales, ((0, count * PANEL - n), (0, 0)), constant_values=_ONE)
+        scales = np.pad(scales, ((0, count * PANEL - n), (0, 0)), constant_values=ONE)
         packed[i, ..., :PANEL] = scales.reshape(count, PANEL, groups).swapaxes(1, 2)
         blocks = codes.reshape(count, PANEL, groups, -1).swapaxes(1, 2)
         held = _nibbles(blocks) if dtype == "fp4" else blocks.swapaxes(2, 3)

@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 from tvm.script import tirx as T
 
+from ...quantisation import GROUP, OFFSET, QUANTISED, groups
 from .common import VECTOR, sum_lanes
 from .native_packing import BLOCK_BYTES as NATIVE_BLOCK_BYTES
 from .native_packing import SCALE_BYTES as NATIVE_SCALE_BYTES
 from .packing import PANEL
-from .quant_packing import GROUP, OFFSET, QUANTISED, SCALE_BYTES, block_bytes, groups
+from .quant_packing import SCALE_BYTES, block_bytes
 
 VECTORS = PANEL // VECTOR
 """Vectors of sums per row of a panel."""

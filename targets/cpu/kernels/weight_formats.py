@@ -16,14 +16,15 @@ from tvm.script import tirx as T
 
 from v4c.passes.relax.layouts import PAIRS
 
+from ...native_rows import NATIVE_GROUPS
+from ...quantisation import QUANTISED, groups
 from ..schedule import PanelSchedule
 from .fp8_product import fp8_panel_product
-from .native_packing import BLOCK_BYTES, NATIVE_GROUPS
+from .native_packing import BLOCK_BYTES
 from .packing import PANEL
 from .pair_packing import STEP_BYTES, pairs
 from .pair_product import pair_panel_product, paired_rows, round_row
 from .panel_product import panel_product
-from .quant_packing import QUANTISED, groups
 from .quant_product import QuantisedRows, StoredBlocks, quant_panel_product, quantise_row, quantised_rows
 
 SERIAL_INPUTS = 1 << 14

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..launch import CTYPES, Buffer, Choice, Launch, Step, ceil_div, device_call, prim_func
 from ..schedule import ExpertSchedule
-from .products import TILE_BYTES, matrix_units
+from .products import TILE_BYTES, WEIGHTS, matrix_units, weight_buffer
 
 
 def grouped_experts(
@@ -17,31 +17,35 @@ def grouped_experts(
     Arguments of the PrimFunc: x ``[B, S, D]`` float32, weights ``[B, S, K]`` float32, indices ``[B, S, K]`` int64 (-1
     is none), gate_up ``[E, 2F, D]`` and down ``[E, D, F]`` of `dtype`, y ``[B, S, D]`` float32.
     """
-    return _experts("grouped_experts", experts, d, f, top_k, limit, dtype, 0, schedule)
+    return _experts("grouped_experts", experts, d, f, top_k, limit, dtype, 0, dtype, schedule)
 
 
 def mixture_of_experts(
-    experts: int, d: int, f: int, top_k: int, limit: float, dtype: str, shared: int, schedule: ExpertSchedule
-) -> Any:
+    experts: int, d: int, f: int, top_k: int, limit: float, dtype: str, shared: int, shared_dtype: str,
+    schedule: ExpertSchedule,
+) -> Any:  # fmt: skip
     """As `grouped_experts`, plus a shared expert of width `shared`: ``[2G, D]`` and ``[D, G]`` follow `down`."""
-    return _experts("mixture_of_experts", experts, d, f, top_k, limit, dtype, shared, schedule)
+    return _experts("mixture_of_experts", experts, d, f, top_k, limit, dtype, shared, shared_dtype, schedule)
 
 
 def _experts(
-    name: str, experts: int, d: int, f: int, top_k: int, limit: float, dtype: str, shared: int, schedule: ExpertSchedule
-) -> Any:
-    ctype, units = CTYPES[dtype], matrix_units(dtype, d) and f % 8 == 0 and shared % 8 == 0
+    name: str, experts: int, d: int, f: int, top_k: int, limit: float, dtype: str, shared: int, shared_dtype: str,
+    schedule: ExpertSchedule,
+) -> Any:  # fmt: skip
+    ctype, shared_ctype = WEIGHTS[dtype], WEIGHTS[shared_dtype]
+    units = matrix_units(dtype, d) and matrix_units(shared_dtype, d) and f % 8 == 0 and shared % 8 == 0
     tile = schedule.tile_rows if units else 64
     tokens, pairs = "b * s", f"b * s * {top_k}"
     buffers: dict[str, Buffer] = {
         "x": (("b", "s", d), "float32"),
         "weights": (("b", "s", top_k), "float32"),
         "indices": (("b", "s", top_k), "int64"),
-        "gate_up": ((experts, 2 * f, d), dtype),
-        "down": ((experts, d, f), dtype),
+        "gate_up": weight_buffer((experts, 2 * f), d, dtype),
+        "down": weight_buffer((experts, d), f, dtype),
     }
     if shared:
-        buffers |= {"shared_gate_up": ((2 * shared, d), dtype), "shared_down": ((d, shared), dtype)}
+        buffers["shared_gate_up"] = weight_buffer((2 * shared,), d, shared_dtype)
+        buffers["shared_down"] = weight_buffer((d,), shared, shared_dtype)
     buffers["y"] = (("b", "s", d), "float32")
 
     # Float32 of either path; the tiles of the tensor cores use the same memory as bfloat16.
@@ -50,10 +54,10 @@ def _experts(
     if shared:
         scratch |= {"shared_hidden": ((tokens, shared), "float32"), "shared_outputs": ((tokens, d), "float32")}
     if units:
-        scratch["prepared"] = ((tokens, d), dtype)
-        scratch["tile_hidden"] = ((pairs, f), dtype)
+        scratch["prepared"] = ((tokens, d), "bfloat16")
+        scratch["tile_hidden"] = ((pairs, f), "bfloat16")
         if shared:
-            scratch["tile_shared"] = ((tokens, shared), dtype)
+            scratch["tile_shared"] = ((tokens, shared), "bfloat16")
 
     few: list[Step] = [
         Launch(
@@ -62,12 +66,12 @@ def _experts(
         ),
     ]  # fmt: skip
     if shared:
-        call = device_call("expert_hidden_few", ctype, d, shared, 1)
+        call = device_call("expert_hidden_few", shared_ctype, d, shared, 1)
         few.append(Launch(
             call, ("x", "null", "shared_gate_up", limit, "shared_hidden"), (ceil_div(shared, 4), tokens), 128
         ))  # fmt: skip
     few.append(Launch(
-        device_call("expert_outputs_few", ctype, d, f, top_k, shared),
+        device_call("expert_outputs_few", ctype, shared_ctype, d, f, top_k, shared),
         ("hidden", "shared_hidden" if shared else "null", "weights", "indices", "down",
          "shared_down" if shared else "null", "y"), (ceil_div(d, 4), tokens), 128,
     ))  # fmt: skip
@@ -77,7 +81,7 @@ def _experts(
     ]
     x = "x"
     if units:
-        call = device_call("prepare_rows", ctype, d, False)
+        call = device_call("prepare_rows", CTYPES["bfloat16"], d, False)
         many.append(Launch(call, ("x", "null", 0.0, "prepared"), (tokens,), 256))
         x = "prepared"
     for routed in (True, False) if shared else (True,):
@@ -89,7 +93,8 @@ def _experts(
         runs = f"({pairs}) // {tile} + {experts}" if routed else ceil_div(tokens, tile)
         made, columns = ("outputs" if routed else "shared_outputs"), 128 if units else 64
         per_token, suffix = (top_k if routed else 1), "" if units else "_f32"
-        first = (tile,) if units else (ctype,)
+        stored = ctype if routed else shared_ctype
+        first = (tile, stored) if units else (stored,)
         memory, extra = (TILE_BYTES[tile], ("shared",)) if units else (0, ())
         many += [
             Launch(

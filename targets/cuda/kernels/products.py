@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from ..launch import CTYPES, Choice, Launch, Step, ceil_div, device_call, prim_func, widths
+from .. import coded_rows
+from ..launch import CTYPES, Buffer, Choice, Dim, Launch, Step, ceil_div, device_call, prim_func, widths
 from ..schedule import ProductSchedule
 
 _WARPS = 4  # of a block of few rows
 TILE_BYTES = {64: 4 * (64 + 128) * 64, 128: 4 * (128 + 128) * 64}
-"""Shared memory of a tile of so many rows: four stages of two operands, 64 bytes a row."""
+"""Shared memory of a tile of so many rows: four stages of two operands, 64 bytes a row. Coded weights take no more:
+four stages of 32 bytes, and two of 64."""
+
+WEIGHTS = {"float32": CTYPES["float32"], "bfloat16": CTYPES["bfloat16"], **coded_rows.CTYPES}
+"""Storage dtypes of products' weights to the types by which the device functions know them."""
+
+
+def weight_buffer(lead: Sequence[Dim], k: int, dtype: str) -> Buffer:
+    """The buffer of weights ``[*lead, k]`` stored as `dtype`."""
+    if dtype in coded_rows.CTYPES:
+        return (*lead, coded_rows.row_bytes(k, dtype)), "uint8"
+    return (*lead, k), dtype
 
 
 def matrix_units(dtype: str, k: int) -> bool:
-    """Whether tensor cores multiply: the weight is stored in what they take, and rows are whole copies of 16 bytes."""
-    return dtype == "bfloat16" and k % 8 == 0
+    """Whether tensor cores multiply: the weights may be rounded to bfloat16, and rows are whole copies of 16 bytes."""
+    return dtype != "float32" and k % 8 == 0
 
 
 def merged_linear(sizes: tuple[int, ...], k: int, dtype: str, norm_eps: float | None, schedule: ProductSchedule) -> Any:
@@ -24,7 +37,7 @@ def merged_linear(sizes: tuple[int, ...], k: int, dtype: str, norm_eps: float | 
     """
     outputs = {f"out{i}": (("m", n), "float32") for i, n in enumerate(sizes)}
     norm = {"norm": ((k,), "float32")} if norm_eps is not None else {}
-    buffers = {"x": (("m", k), "float32"), **norm, "w": ((sum(sizes), k), dtype), **outputs}
+    buffers = {"x": (("m", k), "float32"), **norm, "w": weight_buffer((sum(sizes),), k, dtype), **outputs}
     steps, scratch = product_steps(1, sizes, k, dtype, norm_eps, schedule, tuple(outputs))
     return prim_func("merged_linear", buffers, steps, scratch)
 
@@ -32,7 +45,8 @@ def merged_linear(sizes: tuple[int, ...], k: int, dtype: str, norm_eps: float | 
 def grouped_linear(groups: int, n: int, k: int, dtype: str, schedule: ProductSchedule) -> Any:
     """``x [m, G, K]`` float32 times a weight ``[G * N, K]`` of `dtype`, block-diagonal, to ``[m, G, N]``."""
     buffers = {
-        "x": (("m", groups, k), "float32"), "w": ((groups * n, k), dtype), "out0": (("m", groups, n), "float32"),
+        "x": (("m", groups, k), "float32"), "w": weight_buffer((groups * n,), k, dtype),
+        "out0": (("m", groups, n), "float32"),
     }  # fmt: skip
     steps, scratch = product_steps(groups, (n,), k, dtype, None, schedule, ("out0",))
     return prim_func("grouped_linear", buffers, steps, scratch)
@@ -44,7 +58,7 @@ def product_steps(
 ) -> tuple[list[Step], dict[str, Any]]:  # fmt: skip
     """Launches of a product of buffers `x` and `w`, of so many `rows` as that text says, and the memory they need."""
     x, w = "x", "w"
-    ctype, parts, n = CTYPES[dtype], widths(sizes), sum(sizes)
+    ctype, parts, n = WEIGHTS[dtype], widths(sizes), sum(sizes)
     normed = norm_eps is not None
     norm: tuple[str | float, ...] = ("norm" if normed else "null", w, rows, norm_eps or 0.0)
 
@@ -61,8 +75,9 @@ def product_steps(
     many: list[Step] = []
     source = x
     if units or normed:
-        scratch = {"prepared": ((rows, groups, k), dtype if units else "float32")}
-        call = device_call("prepare_rows", ctype if units else "float", k, normed)
+        made = "bfloat16" if units else "float32"
+        scratch = {"prepared": ((rows, groups, k), made)}
+        call = device_call("prepare_rows", CTYPES[made], k, normed)
         many = [
             Launch(call, (x, "norm" if normed else "null", norm_eps or 0.0, "prepared"), (f"{rows} * {groups}",), 256)
         ]
@@ -70,7 +85,7 @@ def product_steps(
     if units:
 
         def tiles(height: int) -> Step:
-            call = device_call("gemm", height, k, groups, parts)
+            call = device_call("gemm", height, ctype, k, groups, parts)
             grid = (ceil_div(n, 128), ceil_div(rows, height), groups)
             return Launch(call, (source, w, rows, "shared", *outputs), grid, 256, TILE_BYTES[height])
 

@@ -12,6 +12,7 @@ import click
 
 from v4c.errors import Error
 
+from ...quantisation import QUANTISED
 from ..architectures import ARCHITECTURES, DEFAULT, find
 from ..target import CUDATarget
 from .build import compile_simulated, load_driver
@@ -21,10 +22,11 @@ from .build import compile_simulated, load_driver
 @click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(["f32", "bf16"]), default="f32", show_default=True)
+@click.option("--quant", type=click.Choice(["none", *QUANTISED, "native"]), default="none", show_default=True)
 @click.option("--arch", type=click.Choice(list(ARCHITECTURES)), default=DEFAULT, show_default=True)
 @click.option("--prompt", default=20, show_default=True, help="Tokens read before decoding.")
 @click.option("--decode", default=8, show_default=True, help="Tokens decoded one by one.")
-def main(checkpoint: Path, artifact: Path, dtype: str, arch: str, prompt: int, decode: int) -> None:
+def main(checkpoint: Path, artifact: Path, dtype: str, quant: str, arch: str, prompt: int, decode: int) -> None:
     """Compile CHECKPOINT into ARTIFACT, unless it is there, and print how far it is from torch; exit 1 if too far."""
     load_driver()
     from v4c.compiler import compile_for, storage_of
@@ -45,7 +47,7 @@ def main(checkpoint: Path, artifact: Path, dtype: str, arch: str, prompt: int, d
         source.check()
         if not artifact.exists():
             compile_for(
-                CUDATarget(find(arch), None, compile_simulated), source, artifact, storage=storage_of(dtype, "none"),
+                CUDATarget(find(arch), None, compile_simulated), source, artifact, storage=storage_of(dtype, quant),
                 weights=True,
             )  # fmt: skip
         report = verify(artifact, source, prompt_tokens=prompt, decode_tokens=decode)

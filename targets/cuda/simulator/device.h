@@ -40,6 +40,7 @@ using ushort = unsigned short;
 using std::max;
 using std::min;
 
+struct alignas(8) uint2 { unsigned x, y; };
 struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
@@ -65,6 +66,17 @@ struct nv_bfloat16 {
 };
 struct alignas(4) __nv_bfloat162 { nv_bfloat16 x, y; };
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {nv_bfloat16(x), nv_bfloat16(y)}; }
+
+struct __half { unsigned short bits; };
+struct alignas(4) __half2 { __half x, y; };
+inline float __half2float(__half h) {
+  const float magnitude = (h.bits & 0x7c00) == 0x7c00
+      ? __uint_as_float(0x7f800000u | (h.bits & 0x3ffu) << 13)
+      : __uint_as_float((h.bits & 0x7fffu) << 13) * 0x1p112f;
+  return h.bits & 0x8000 ? -magnitude : magnitude;
+}
+inline float __low2float(__half2 h) { return __half2float(h.x); }
+inline float __high2float(__half2 h) { return __half2float(h.y); }
 
 inline int sim_lane_id() { return static_cast<int>(sim_thread.x % 32); }
 

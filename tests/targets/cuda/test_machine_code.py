@@ -30,7 +30,14 @@ MATRIX = {
     "linear": (products.merged_linear, ((1024, 512), 4096, "bfloat16", None, PRODUCT)),
     "norm_linear": (products.merged_linear, ((4096,), 1024, "bfloat16", 1e-6, PRODUCT)),
     "grouped": (products.grouped_linear, (8, 1024, 4096, "bfloat16", PRODUCT)),
-    "moe": (experts.mixture_of_experts, (256, 4096, 2048, 6, 10.0, "bfloat16", 2048, ExpertSchedule())),
+    "moe": (experts.mixture_of_experts, (256, 4096, 2048, 6, 10.0, "bfloat16", 2048, "bfloat16", ExpertSchedule())),
+    "linear_fp8": (products.merged_linear, ((1024, 512), 4096, "fp8", None, PRODUCT)),
+    "norm_linear_fp8": (products.merged_linear, ((4096,), 1024, "fp8", 1e-6, PRODUCT)),
+    "grouped_fp8": (products.grouped_linear, (8, 1024, 4096, "fp8", PRODUCT)),
+    "moe_native": (experts.mixture_of_experts, (256, 4096, 2048, 6, 10.0, "fp4", 2048, "fp8", ExpertSchedule())),
+    "linear_int8": (products.merged_linear, ((1024, 512), 4096, "int8", None, PRODUCT)),
+    "linear_int4": (products.merged_linear, ((1024, 512), 4096, "int4", None, PRODUCT)),
+    "moe_int4": (experts.mixture_of_experts, (256, 4096, 2048, 6, 10.0, "int4", 2048, "int4", ExpertSchedule())),
 }
 OTHERS = {
     "linear_f32": (products.merged_linear, ((512,), 4096, "float32", None, PRODUCT)),
@@ -107,8 +114,9 @@ def of(name: str, kernels: dict[str, Any]) -> dict[str, Any]:
     "architecture", ["sm_90a", *(pytest.param(a, marks=pytest.mark.slow) for a in ("sm_80", "sm_100a"))]
 )
 def test_matrix_kernels_use_tensor_cores(architecture: str) -> None:
-    found, taken = compiled(architecture, "linear", "moe")
-    for name, least in (("linear", 2), ("moe", 4)):
+    matrix_kernels = {"linear": 2, "moe": 4, "linear_fp8": 2, "moe_native": 4}
+    found, taken = compiled(architecture, *matrix_kernels)
+    for name, least in matrix_kernels.items():
         matrix = {k: v for k, v in of(name, found).items() if v[TENSOR_CORE]}
         assert len(matrix) == least, sorted(matrix)
         for kernel, used in matrix.items():

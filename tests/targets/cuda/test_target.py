@@ -26,12 +26,12 @@ def test_unknown_architecture() -> None:
         find("cuda:sm_75")
 
 
-@pytest.mark.parametrize("quant", ["int8", "int4"])
-def test_quantised_weights_are_refused(quant: str, tmp_path: Path) -> None:
-    command = [V4C, "compile", "--preset", "v4-nano", "--target", "cuda:sm_90a", "--quant", quant, "-o", tmp_path / "x"]
+@pytest.mark.parametrize("kv", ["bf16", "fp8"])
+def test_narrow_caches_are_refused(kv: str, tmp_path: Path) -> None:
+    command = [V4C, "compile", "--preset", "v4-nano", "--target", "cuda:sm_90a", "--kv", kv, "-o", tmp_path / "x"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert f"for target cuda, found {quant}" in done.stderr
+    assert f"kv '{kv}': expected f32 for target cuda" in done.stderr
     assert not (tmp_path / "x").exists()
 
 

@@ -10,12 +10,21 @@ from pathlib import Path
 
 import pytest
 
+from v4c.frontend.config import ModelConfig
+from v4c.frontend.initialise_native import initialise_native
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_logits_are_those_of_torch(dtype: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", ["--dtype f32", "--dtype bf16", "--quant int8", "--quant int4", "--quant native"])
+def test_logits_are_those_of_torch(
+    options: str, tiny_checkpoint: Path, tiny_config: ModelConfig, tmp_path: Path
+) -> None:
+    checkpoint = tiny_checkpoint
+    if options.endswith("native"):
+        checkpoint = tmp_path / "published"
+        initialise_native(tiny_config, checkpoint, seed=3)
     command = [
-        sys.executable, "-m", "v4c.targets.cuda.simulator", tiny_checkpoint, tmp_path / "tiny.v4c", "--dtype", dtype,
+        sys.executable, "-m", "v4c.targets.cuda.simulator", checkpoint, tmp_path / "tiny.v4c", *options.split(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -4,6 +4,7 @@
 // is compiled by nvcc for a GPU and by g++ for the simulator (targets/cuda/simulator), which supplies the intrinsics.
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #endif
 
 #define V4C_DEVICE __device__ __forceinline__
@@ -12,6 +13,10 @@ namespace v4c {
 
 constexpr int WARP = 32;
 constexpr float INF = 3.402823466e+38f;  // stands for infinity: a difference of two of them is 0, not NaN
+
+// One of two types; NVRTC has no <type_traits>.
+template <bool FIRST, class A, class B> struct Either { using Type = A; };
+template <class A, class B> struct Either<false, A, B> { using Type = B; };
 
 V4C_DEVICE int lane() { return threadIdx.x % WARP; }
 V4C_DEVICE int warp() { return threadIdx.x / WARP; }
@@ -27,7 +32,23 @@ V4C_DEVICE unsigned bf16_pair(float low, float high) {
   return *reinterpret_cast<unsigned*>(&pair);
 }
 
-// A weight dtype: PER elements fill the 16 bytes of one load.
+// The halves in a word as floats, exactly.
+V4C_DEVICE void halves_as_floats(unsigned word, float& low, float& high) {
+  const __half2 halves = *reinterpret_cast<const __half2*>(&word);
+  low = __low2float(halves), high = __high2float(halves);
+}
+
+// The half that lies at an even address.
+V4C_DEVICE float half_at(const unsigned char* from) {
+  return __half2float(*reinterpret_cast<const __half*>(from));
+}
+
+// 2^(code - 127): a scale of the OCP Microscaling formats; code 255 is NaN.
+V4C_DEVICE float e8m0(unsigned char code) {
+  return code == 255 ? bits_float(0x7fc00000u) : code == 0 ? bits_float(0x00400000u) : bits_float(code << 23);
+}
+
+// A dtype of floats: PER elements fill the 16 bytes of one load.
 template <class W>
 struct Format;
 

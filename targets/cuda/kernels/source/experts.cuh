@@ -9,24 +9,27 @@ namespace v4c {
 // hidden[pair or token] = swiglu(gate_up x). Grid (ceil(F / 4), tokens * PER_TOKEN), 128 threads. Of the shared expert
 // (PER_TOKEN 1, `indices` null) the one matrix serves every token.
 template <class W, int D, int F, int PER_TOKEN>
-V4C_DEVICE void expert_hidden_few(const float* x, const int64_t* indices, const W* gate_up, float limit,
-                                  float* hidden) {
+V4C_DEVICE void expert_hidden_few(const float* x, const int64_t* indices,
+                                  const typename Rows<W, D>::Stored* gate_up, float limit, float* hidden) {
+  using R = Rows<W, D>;
   const int64_t pair = blockIdx.y;
   const int f = blockIdx.x * 4 + warp();
   const int64_t expert = indices == nullptr ? 0 : indices[pair];
   if (f >= F || expert < 0) return;
   const float* const rows[1] = {x + pair / PER_TOKEN * D};
-  const W* first = gate_up + expert * 2 * F * D;
-  const W* const weights[2] = {first + static_cast<int64_t>(f) * D, first + static_cast<int64_t>(F + f) * D};
+  const typename R::Stored* first = gate_up + expert * 2 * F * R::SIZE;
+  const typename R::Stored* const weights[2] = {
+      first + static_cast<int64_t>(f) * R::SIZE, first + static_cast<int64_t>(F + f) * R::SIZE};
   float sums[1][2];
   dot_rows<W, D, 1, 2, false>(rows, nullptr, weights, sums);
   if (lane() == 0) hidden[pair * F + f] = clamped_swiglu(sums[0][0], sums[0][1], limit);
 }
 
-// y = sum over a token's pairs of weight * down hidden, plus the shared expert's. Grid (ceil(D / 4), tokens).
-template <class W, int D, int F, int TOP_K, int SHARED>
+// y = sum over a token's pairs of weight * down hidden, plus the shared expert's, stored as S. Grid (ceil(D / 4), tokens).
+template <class W, class S, int D, int F, int TOP_K, int SHARED>
 V4C_DEVICE void expert_outputs_few(const float* hidden, const float* shared_hidden, const float* weights,
-                                   const int64_t* indices, const W* down, const W* shared_down, float* y) {
+                                   const int64_t* indices, const typename Rows<W, F>::Stored* down,
+                                   const typename Rows<S, SHARED>::Stored* shared_down, float* y) {
   const int64_t token = blockIdx.y;
   const int d = blockIdx.x * 4 + warp();
   if (d >= D) return;
@@ -35,16 +38,17 @@ V4C_DEVICE void expert_outputs_few(const float* hidden, const float* shared_hidd
     const int64_t pair = token * TOP_K + choice, expert = indices[pair];
     if (expert < 0) continue;
     const float* const rows[1] = {hidden + pair * F};
-    const W* const matrix[1] = {down + (expert * D + d) * F};
+    const typename Rows<W, F>::Stored* const matrix[1] = {down + (expert * D + d) * Rows<W, F>::SIZE};
     float sums[1][1];
     dot_rows<W, F, 1, 1, false>(rows, nullptr, matrix, sums);
     total = fmaf(weights[pair], sums[0][0], total);
   }
   if constexpr (SHARED > 0) {
     const float* const rows[1] = {shared_hidden + token * SHARED};
-    const W* const matrix[1] = {shared_down + static_cast<int64_t>(d) * SHARED};
+    const typename Rows<S, SHARED>::Stored* const matrix[1] = {
+        shared_down + static_cast<int64_t>(d) * Rows<S, SHARED>::SIZE};
     float sums[1][1];
-    dot_rows<W, SHARED, 1, 1, false>(rows, nullptr, matrix, sums);
+    dot_rows<S, SHARED, 1, 1, false>(rows, nullptr, matrix, sums);
     total += sums[0][0];
   }
   if (lane() == 0) y[token * D + d] = total;
@@ -104,10 +108,12 @@ struct Run {
 
 // hidden[pair] = swiglu(gate_up x), in the products' dtype; grid (ceil(F / 64), tiles). Columns of the tile alternate
 // between eight gates and the eight ups of the same outputs, so a thread holds both.
-template <int BM, int D, int F, int PER_TOKEN>
-V4C_DEVICE void expert_hidden(const nv_bfloat16* x, const int* order, const int* tiles, const nv_bfloat16* gate_up,
-                              int64_t rows, float limit, nv_bfloat16* hidden, void* shared) {
-  using T = Tile<BM>;
+template <int BM, class W, int D, int F, int PER_TOKEN>
+V4C_DEVICE void expert_hidden(const nv_bfloat16* x, const int* order, const int* tiles,
+                              const typename Rows<W, D>::Stored* gate_up, int64_t rows, float limit,
+                              nv_bfloat16* hidden, void* shared) {
+  using T = Tile<BM, W, D>;
+  using Stored = typename Rows<W, D>::Stored;
   const Run run = Run::of(tiles, blockIdx.y, rows, BM);
   if (run.expert < 0) return;
   const int f0 = blockIdx.x * (T::BN / 2);
@@ -117,11 +123,12 @@ V4C_DEVICE void expert_hidden(const nv_bfloat16* x, const int* order, const int*
     const int64_t pair = run.at(order, r);
     return r < 0 ? x : pair < 0 ? nullptr : x + pair / PER_TOKEN * D;
   };
-  auto b_row = [&](int r) -> const nv_bfloat16* {
+  auto b_row = [&](int r) -> const Stored* {
     const int f = f0 + r / 16 * 8 + r % 8;
-    return r < 0 ? gate_up : f < F ? gate_up + (run.expert * 2 * F + (r / 8 % 2 ? F + f : f)) * D : nullptr;
+    if (r < 0) return gate_up;
+    return f < F ? gate_up + (run.expert * 2 * F + (r / 8 % 2 ? F + f : f)) * Rows<W, D>::SIZE : nullptr;
   };
-  T::product(a_row, b_row, D, static_cast<char*>(shared), sums);
+  T::product(a_row, b_row, static_cast<char*>(shared), sums);
 #pragma unroll
   for (int i = 0; i < T::MI; ++i)
 #pragma unroll
@@ -140,10 +147,11 @@ V4C_DEVICE void expert_hidden(const nv_bfloat16* x, const int* order, const int*
 }
 
 // out[pair] = weight * down hidden, float32; grid (ceil(D / 128), tiles). `weights` null: 1.
-template <int BM, int D, int F>
-V4C_DEVICE void expert_outputs(const nv_bfloat16* hidden, const int* order, const int* tiles, const nv_bfloat16* down,
-                               const float* weights, int64_t rows, float* out, void* shared) {
-  using T = Tile<BM>;
+template <int BM, class W, int D, int F>
+V4C_DEVICE void expert_outputs(const nv_bfloat16* hidden, const int* order, const int* tiles,
+                               const typename Rows<W, F>::Stored* down, const float* weights, int64_t rows, float* out,
+                               void* shared) {
+  using T = Tile<BM, W, F>;
   const Run run = Run::of(tiles, blockIdx.y, rows, BM);
   if (run.expert < 0) return;
   const int d0 = blockIdx.x * T::BN;
@@ -153,10 +161,10 @@ V4C_DEVICE void expert_outputs(const nv_bfloat16* hidden, const int* order, cons
     const int64_t pair = run.at(order, r);
     return r < 0 ? hidden : pair < 0 ? nullptr : hidden + pair * F;
   };
-  auto b_row = [&](int r) -> const nv_bfloat16* {
-    return r < 0 ? down : d0 + r < D ? down + (run.expert * D + d0 + r) * F : nullptr;
+  auto b_row = [&](int r) -> const typename Rows<W, F>::Stored* {
+    return r < 0 ? down : d0 + r < D ? down + (run.expert * D + d0 + r) * Rows<W, F>::SIZE : nullptr;
   };
-  T::product(a_row, b_row, F, static_cast<char*>(shared), sums);
+  T::product(a_row, b_row, static_cast<char*>(shared), sums);
 #pragma unroll
   for (int i = 0; i < T::MI; ++i)
 #pragma unroll
@@ -174,8 +182,9 @@ V4C_DEVICE void expert_outputs(const nv_bfloat16* hidden, const int* order, cons
 
 // The two above in float32; a thread's four columns are two gates and their two ups.
 template <class W, int D, int F, int PER_TOKEN>
-V4C_DEVICE void expert_hidden_f32(const float* x, const int* order, const int* tiles, const W* gate_up, int64_t rows,
-                                  float limit, float* hidden) {
+V4C_DEVICE void expert_hidden_f32(const float* x, const int* order, const int* tiles,
+                                  const typename Rows<W, D>::Stored* gate_up, int64_t rows, float limit,
+                                  float* hidden) {
   using T = TileF32;
   const Run run = Run::of(tiles, blockIdx.y, rows, T::BM);
   if (run.expert < 0) return;
@@ -186,11 +195,11 @@ V4C_DEVICE void expert_hidden_f32(const float* x, const int* order, const int* t
     const int64_t pair = run.at(order, r);
     return pair < 0 ? nullptr : x + pair / PER_TOKEN * D;
   };
-  auto b_row = [&](int r) -> const W* {
+  auto b_row = [&](int r) -> const typename Rows<W, D>::Stored* {
     const int f = f0 + r / 4 * 2 + r % 2;
-    return f < F ? gate_up + (run.expert * 2 * F + (r / 2 % 2 ? F + f : f)) * D : nullptr;
+    return f < F ? gate_up + (run.expert * 2 * F + (r / 2 % 2 ? F + f : f)) * Rows<W, D>::SIZE : nullptr;
   };
-  T::template product<W>(a_row, b_row, D, sums);
+  T::template product<W, D>(a_row, b_row, sums);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int64_t pair = run.at(order, T::row() + i);
@@ -204,8 +213,9 @@ V4C_DEVICE void expert_hidden_f32(const float* x, const int* order, const int* t
 }
 
 template <class W, int D, int F>
-V4C_DEVICE void expert_outputs_f32(const float* hidden, const int* order, const int* tiles, const W* down,
-                                   const float* weights, int64_t rows, float* out) {
+V4C_DEVICE void expert_outputs_f32(const float* hidden, const int* order, const int* tiles,
+                                   const typename Rows<W, F>::Stored* down, const float* weights, int64_t rows,
+                                   float* out) {
   using T = TileF32;
   const Run run = Run::of(tiles, blockIdx.y, rows, T::BM);
   if (run.expert < 0) return;
@@ -216,8 +226,10 @@ V4C_DEVICE void expert_outputs_f32(const float* hidden, const int* order, const 
     const int64_t pair = run.at(order, r);
     return pair < 0 ? nullptr : hidden + pair * F;
   };
-  auto b_row = [&](int r) -> const W* { return d0 + r < D ? down + (run.expert * D + d0 + r) * F : nullptr; };
-  T::template product<W>(a_row, b_row, F, sums);
+  auto b_row = [&](int r) -> const typename Rows<W, F>::Stored* {
+    return d0 + r < D ? down + (run.expert * D + d0 + r) * Rows<W, F>::SIZE : nullptr;
+  };
+  T::template product<W, F>(a_row, b_row, sums);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int64_t pair = run.at(order, T::row() + i);

@@ -1,4 +1,5 @@
-// Products with few rows: bound by reading the weight, so every weight is read once for all rows, 16 bytes a lane.
+// Products with few rows: bound by reading the weight, so every weight is read once for all rows, 16 bytes a lane
+// (8 or 4 of coded ones: more would be the inputs of too many lines for one load).
 //
 // y[m, n] = sum over k of x[m, k] w[n, k]. A warp computes OUTS outputs for up to ROWS rows; lanes share k.
 
@@ -29,40 +30,45 @@ V4C_DEVICE float inverse_rms(const float* row, float eps) {
 
 // Partial sums over k of OUTS x ROWS products, complete in every lane.
 template <class W, int K, int ROWS, int OUTS, bool NORM>
-V4C_DEVICE void dot_rows(const float* const (&x)[ROWS], const float* norm, const W* const (&w)[OUTS],
-                         float (&sums)[ROWS][OUTS]) {
-  constexpr int PER = K % Format<W>::PER == 0 ? Format<W>::PER : 1;
+V4C_DEVICE void dot_rows(const float* const (&x)[ROWS], const float* norm,
+                         const typename Rows<W, K>::Stored* const (&w)[OUTS], float (&sums)[ROWS][OUTS]) {
+  using R = Rows<W, K>;
 #pragma unroll
   for (int m = 0; m < ROWS; ++m)
 #pragma unroll
     for (int o = 0; o < OUTS; ++o) sums[m][o] = 0;
-#pragma unroll(ROWS * OUTS > 8 ? 1 : 2)
-  for (int k = lane() * PER; k < K; k += WARP * PER) {
-    float weights[OUTS][PER];
+#pragma unroll(ROWS * OUTS > 8 ? 1 : R::CODED && ROWS * OUTS <= 4 ? 4 : 2)
+  for (int k = lane() * R::STEP; k < K; k += WARP * R::STEP) {
+    float weights[OUTS][R::STEP], scales[OUTS];
 #pragma unroll
-    for (int o = 0; o < OUTS; ++o) {
-      if constexpr (PER > 1) Format<W>::load(w[o] + k, weights[o]);
-      else weights[o][0] = Format<W>::one(w[o] + k);
-    }
+    for (int o = 0; o < OUTS; ++o) R::load(w[o], k, weights[o]), scales[o] = R::scale(w[o], k);
     if constexpr (NORM) {
 #pragma unroll
-      for (int i = 0; i < PER; ++i)
+      for (int i = 0; i < R::STEP; ++i)
 #pragma unroll
         for (int o = 0; o < OUTS; ++o) weights[o][i] *= norm[k + i];
     }
 #pragma unroll
     for (int m = 0; m < ROWS; ++m) {
-      float values[PER];
-      if constexpr (PER % 4 == 0) {
+      float values[R::STEP];
+      if constexpr (R::STEP % 4 == 0) {
 #pragma unroll
-        for (int i = 0; i < PER; i += 4) Format<float>::load(x[m] + k + i, values + i);
+        for (int i = 0; i < R::STEP; i += 4) Format<float>::load(x[m] + k + i, values + i);
       } else {
         values[0] = x[m][k];
       }
 #pragma unroll
-      for (int o = 0; o < OUTS; ++o)
+      for (int o = 0; o < OUTS; ++o) {
+        if constexpr (R::CODED) {
+          float part = 0;
 #pragma unroll
-        for (int i = 0; i < PER; ++i) sums[m][o] = fmaf(values[i], weights[o][i], sums[m][o]);
+          for (int i = 0; i < R::STEP; ++i) part = fmaf(values[i], weights[o][i], part);
+          sums[m][o] = fmaf(part * W::FACTOR, scales[o], sums[m][o]);
+        } else {
+#pragma unroll
+          for (int i = 0; i < R::STEP; ++i) sums[m][o] = fmaf(values[i], weights[o][i], sums[m][o]);
+        }
+      }
     }
   }
 #pragma unroll
@@ -73,7 +79,9 @@ V4C_DEVICE void dot_rows(const float* const (&x)[ROWS], const float* norm, const
 
 // Rows of x [rows, GROUPS, K] with w [GROUPS, N, K]; grid (ceil(N / (warps * OUTS)), GROUPS), 128 threads.
 template <class W, int K, int ROWS, int OUTS, bool NORM, int GROUPS, class Sizes, class... Out>
-V4C_DEVICE void gemv(const float* x, const float* norm, const W* w, int64_t rows, float eps, Out... outputs) {
+V4C_DEVICE void gemv(const float* x, const float* norm, const typename Rows<W, K>::Stored* w, int64_t rows, float eps,
+                     Out... outputs) {
+  using R = Rows<W, K>;
   constexpr int N = Sizes::TOTAL, WARPS = 4;
   const int group = blockIdx.y;
   const float* x_rows[ROWS];
@@ -86,10 +94,10 @@ V4C_DEVICE void gemv(const float* x, const float* norm, const W* w, int64_t rows
   }
   const int first = (blockIdx.x * WARPS + warp()) * OUTS;
   if (first >= N) return;
-  const W* w_rows[OUTS];
+  const typename R::Stored* w_rows[OUTS];
 #pragma unroll
   for (int o = 0; o < OUTS; ++o)
-    w_rows[o] = w + (static_cast<int64_t>(group) * N + smaller(first + o, N - 1)) * K;
+    w_rows[o] = w + (static_cast<int64_t>(group) * N + smaller(first + o, N - 1)) * R::SIZE;
   float sums[ROWS][OUTS];
   dot_rows<W, K, ROWS, OUTS, NORM>(x_rows, norm, w_rows, sums);
 #pragma unroll

@@ -43,7 +43,7 @@ V4C_DEVICE void index_scores(const float* q, const float* weights, const float* 
     clear(sums);
     auto a_row = [&](int r) -> const float* { return n0 + r < ready ? own + (n0 + r) * C : nullptr; };
     auto b_row = [&](int h) -> const float* { return h0 + h < HEADS ? q + (token * HEADS + h0 + h) * C : nullptr; };
-    T::product<float>(a_row, b_row, C, sums);
+    T::product<float, C>(a_row, b_row, sums);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int head = h0 + T::column() + j;
