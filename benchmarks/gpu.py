@@ -1,19 +1,24 @@
-"""CUDA kernels of a published size on this machine's GPU, against what the chip can do and against torch: one table.
+"""CUDA kernels of a published size, and whole models, on this machine's GPU, against what the chip can do: one table.
 
-Run ``python -m benchmarks.gpu`` where there is a GPU and nvcc; ``--size v4-pro`` for the larger one. Times are CUDA
-events, medians, over random inputs that do not stay in the cache. Bandwidth is that of a copy on the device, arithmetic
-that of a large bfloat16 product of torch; both are measured here, and missing ("-") without a torch for CUDA.
+Run ``python -m benchmarks.gpu`` where there is a GPU and nvcc; ``--size v4-pro`` for larger kernels. Times of kernels
+are CUDA events, medians, over random inputs that do not stay in the cache; of models, those of `v4c bench`, tokens in and
+logits out included. Bandwidth is that of a copy on the device, arithmetic that of a large bfloat16 product of torch; both
+are measured here, and missing ("-") without a torch for CUDA.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
 
+import v4c
 from v4c.errors import Error
+from v4c.frontend.initialise_native import initialise_native
 from v4c.frontend.presets import preset
 from v4c.passes.relax.kernels import Kernel
 from v4c.runtime import cuda_library
@@ -129,11 +134,50 @@ def ceilings(bench: Bench) -> tuple[float | None, float | None]:
     return 2 * source.nbytes / copy * 1e3, 2 * 8192**3 / product * 1e3
 
 
+MODELS = ("v4-mini:none", "flash-slice:none", "flash-slice:native")
+"""Presets and what ``--quant`` is to be."""
+PROMPT, CONTEXT = 4096, 1024
+
+
+def model_rows(name: str, architecture: str, bandwidth: float | None, rate: float | None) -> list[list[str]]:
+    """Lines of a whole model with random weights, in bfloat16 or as published: a prompt, and a decode step behind it."""
+    size, _, quant = name.partition(":")
+    with tempfile.TemporaryDirectory() as folder:
+        path, source = Path(folder) / "model.v4c", preset(size)
+        given: Any = source
+        if quant == "native":
+            given = Path(folder) / "published"
+            initialise_native(source, given, seed=0)
+        v4c.compile(given, path, target=f"cuda:{architecture}", dtype="bf16", quant=quant or "none", mtp=False)
+        found = v4c.bench(path, contexts=(CONTEXT,), prompt_tokens=PROMPT)
+    rows = []
+    for what, part, goal in (
+        (f"decode behind {CONTEXT}", found["decode"][0], GOALS["decode"]),
+        (f"prompt of {PROMPT}", found["prefill"][0], GOALS["prefill"] if size == "flash-slice" else ""),
+    ):
+        moved, done = part["bytes_read"] / part["ms"] * 1e3, part["flops"] / part["ms"] * 1e3
+        rows.append([
+            f"{name}, {what}", f"{part['ms'] * 1e3:.1f}", f"{moved / 1e9:.0f}", _share(moved, bandwidth),
+            f"{done / 1e12:.1f}", _share(done, rate), "-", "-", goal,
+        ])  # fmt: skip
+    return rows
+
+
 @click.command(help=__doc__)
 @click.option("--size", default="v4-flash", show_default=True)
 @click.option("--context", default=131072, show_default=True)
-@click.option("--only", default="", help="lines whose name holds this")
-def main(size: str, context: int, only: str) -> None:
+@click.option("--only", default="", help="lines of kernels whose name holds this")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    default=MODELS,
+    show_default=True,
+    metavar="PRESET:QUANT",
+    help="whole models to measure; may be repeated",
+)
+@click.option("--no-models", is_flag=True, help="kernels alone")
+def main(size: str, context: int, only: str, models: tuple[str, ...], no_models: bool) -> None:
     try:
         device = cuda_library.find_device()
         bench = Bench(CUDATarget.parse("").architecture)
@@ -160,6 +204,9 @@ def main(size: str, context: int, only: str) -> None:
             _share(done, rate), "-" if torch_ms is None else f"{torch_ms * 1e3:.1f}",
             "-" if torch_ms is None else f"{torch_ms / ms:.1f}x", case.goal,
         )  # fmt: skip
+    for name in () if no_models else models:
+        for row in model_rows(name, bench.architecture.name, bandwidth, rate):
+            table.add_row(*row)
     Console().print(table)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import v4c
 from benchmarks.timing import machine
 from v4c.benchmark import Measured, Work, measure
-from v4c.benchmark_limits import Limits
+from v4c.benchmark_limits import limits_of
 from v4c.frontend import estimate
 from v4c.frontend.presets import preset
 from v4c.runtime.dtypes import DTYPES
@@ -100,7 +100,7 @@ def decoding(artifact: Path, config: Any, kv: estimate.CacheDtype, rounds: int) 
     fill(session, np.random.default_rng(0))
     held = _resident() - before
     expected = estimate.cache_bytes(config, LONGEST, kv)
-    limits, kernels = Limits(model, artifact), model.manifest.build["kernels"]
+    limits, kernels = limits_of(model, artifact), model.manifest.build["kernels"]
     measured: dict[int, list[Measured]] = {context: [] for context in CONTEXTS}
     for _ in range(PASSES):  # in turns, so that a slow spell of a shared machine hits every context
         for context in CONTEXTS:

@@ -10,7 +10,7 @@ import numpy as np
 import v4c
 from benchmarks.peer_engine import CHUNK, Engine, State
 from v4c.benchmark import decoding, measure, prefilling
-from v4c.benchmark_limits import Limits
+from v4c.benchmark_limits import limits_of
 from v4c.passes.cost import Cost
 from v4c.runtime.session import Session
 
@@ -29,7 +29,7 @@ class V4cEngine(Engine):
 
     def limits(self) -> dict[str, float]:
         """The best of some counts, taken now: bytes per second from memory, FLOP per second of float32 products."""
-        limits = Limits(self.model, self.path)  # not kept: what it reads is half a gigabyte, in every v4c peer
+        limits = limits_of(self.model, self.path)  # not kept: what it reads is half a gigabyte, in every v4c peer
         limits.measure()
         return {"bandwidth": limits.bandwidth, "peak": limits.peak}
 

@@ -66,16 +66,20 @@ def nbytes(spec: Spec) -> float:
     return size(spec) * np.dtype(dtype).itemsize
 
 
-_BLOCK_WEIGHTS = {1088: 1024, 576: 1024, 544: 1024, 4160: 4096}
-"""Bytes of a block of quantised weights, the last dimension of a packed one, to the weights in it: scales, then 32
-outputs by 32 inputs (of published FP8 by 128) of a byte or half a byte."""
+_PANEL_INPUTS = {1088: 32, 576: 32, 544: 32, 4160: 128, 128: 2}
+"""Bytes of a block of 32 outputs, the last dimension of a weight packed in panels, to the inputs in it: of int8, int4,
+FP4, FP8 with their scales, and of pairs of bfloat16."""
 
 
-def weights_in(spec: Spec) -> int:
-    """Number of weights in a matrix, packed or not."""
-    if spec.dtype == "uint8" and int(spec.shape[-1]) in _BLOCK_WEIGHTS:
-        return prod(int(d) for d in spec.shape[:-1]) * _BLOCK_WEIGHTS[int(spec.shape[-1])]
-    return size(spec)
+def weights_in(spec: Spec, k: int) -> int:
+    """Number of weights in matrices of `k` inputs: as they are, packed in panels, or as rows of codes and scales."""
+    if spec.dtype != "uint8":
+        return size(spec)
+    *lead, blocks, nbytes_of_block = (int(d) for d in spec.shape)
+    inputs = _PANEL_INPUTS.get(nbytes_of_block)
+    if inputs is not None and blocks == -(-k // inputs):
+        return prod(lead) * 32 * k
+    return prod(lead) * blocks * k
 
 
 def cost_of(op: str, inputs: Specs, outputs: Specs, capacity: int | None = None) -> Cost:
@@ -106,16 +110,8 @@ def _elementwise(inputs: Specs, outputs: Specs) -> Cost:
 
 
 def _product(inputs: Specs, outputs: Specs) -> Cost:
-    """The last input is the weight; every element of it meets every row."""
-    x, weight = inputs[0], inputs[-1]
-    return Cost(_all(inputs) + _all(outputs), 2.0 * (size(x) // int(x.shape[-1])) * weights_in(weight))
-
-
-def _grouped_product(inputs: Specs, outputs: Specs) -> Cost:
-    """Block-diagonal: a row of the input is cut into as many groups as the weight ``[G, ...]`` has blocks."""
-    x, weight = inputs
-    rows = size(x) // int(x.shape[-1]) // int(weight.shape[0])
-    return Cost(_all(inputs) + _all(outputs), 2.0 * rows * weights_in(weight))
+    """Every output is a sum over the inputs of its row."""
+    return Cost(_all(inputs) + _all(outputs), 2.0 * int(inputs[0].shape[-1]) * sum(size(s) for s in outputs))
 
 
 def _rows_of(table: Spec, count: int) -> float:
@@ -133,10 +129,12 @@ def _experts(inputs: Specs, outputs: Specs) -> Cost:
     x, _, indices, gate_up, down, *shared = inputs
     tokens, choices = _tokens(indices), size(indices)
     stack = [_rows_of(m, min(choices, int(m.shape[0]))) for m in (gate_up, down)]
-    routed = 2.0 * choices * sum(weights_in(m) / int(m.shape[0]) for m in (gate_up, down))
+    # The third of an expert's three matrices has as many weights as each of the two others.
+    width = int(x.shape[-1])
+    routed = 3.0 * choices * weights_in(gate_up, width) / int(gate_up.shape[0])
     return Cost(
         _all([x, x, *shared]) + nbytes(indices) * 1.5 + sum(stack),
-        routed + 2.0 * tokens * sum(weights_in(m) for m in shared),
+        routed + 3.0 * tokens * sum(weights_in(m, width) for m in shared[:1]),
     )
 
 
@@ -254,7 +252,7 @@ def _engram_gate_conv(inputs: Specs, outputs: Specs) -> Cost:
 _RULES: dict[str, Callable[[Specs, Specs], Cost]] = {
     "MatMul": _product,
     "RMSNormLinear": _product,
-    GROUPED_PRODUCT: _grouped_product,
+    GROUPED_PRODUCT: _product,
     "Gather": _lookup,
     "EngramLookup": _lookup,
     "GroupedExperts": _experts,

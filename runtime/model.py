@@ -13,7 +13,7 @@ import numpy as np
 from v4c.errors import InputError
 from v4c.runtime.artifact import Artifact
 from v4c.runtime.cuda import GPU
-from v4c.runtime.devices import Host
+from v4c.runtime.devices import Device, Host
 from v4c.runtime.generation import Completion, Counts, Generation, Options, Processor, Row, Token, plain
 from v4c.runtime.huge_pages import check_huge_pages
 from v4c.runtime.inputs import checked_count
@@ -67,8 +67,6 @@ def load(
             f"huge_pages: expected a model for the processor, found target {artifact.manifest.target.name}"
         )
     device = GPU() if artifact.on_gpu else Host()
-    if artifact.on_gpu and bound is not None:
-        raise InputError("weights_memory: expected a model for the processor, found one whose weights go to a GPU")
     return Model(artifact, Program(artifact.library, device), running, bound, huge_pages)
 
 
@@ -96,6 +94,16 @@ class Model:
     def config(self) -> Mapping[str, Any]:
         """The model's configuration in Hugging Face layout."""
         return self.manifest.config
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it runs on a GPU."""
+        return self._artifact.on_gpu
+
+    @property
+    def device(self) -> Device:
+        """Where it runs."""
+        return self._program.device
 
     @property
     def vocab_size(self) -> int:

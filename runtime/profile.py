@@ -6,6 +6,7 @@ from the first callback and the way into the second, which converts the argument
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter_ns
 from typing import Any, NamedTuple
@@ -85,10 +86,10 @@ class Recorder:
     def _note(self, function: Any, name: str, before: bool, result: Any, *arguments: Any) -> None:
         if before:
             tensors = (a for a in arguments if hasattr(a, "shape") and hasattr(a, "dtype"))
-            self._arguments.append(tuple(_argument(tensor) for tensor in tensors))
+            self._arguments.append(tuple(_argument(tensor, self._session.fetch) for tensor in tensors))
 
 
-def _argument(tensor: Any) -> Argument:
+def _argument(tensor: Any, fetch: Callable[[Any], np.ndarray]) -> Argument:
     shape, dtype = tuple(int(size) for size in tensor.shape), str(tensor.dtype)
     short = dtype == "int64" and len(shape) == 1 and shape[0] <= _FEW
-    return Argument(shape, dtype, tuple(np.from_dlpack(tensor).tolist()) if short else ())
+    return Argument(shape, dtype, tuple(fetch(tensor).tolist()) if short else ())

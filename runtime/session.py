@@ -252,6 +252,10 @@ class Session:
 
             self._machine.observe(both if memory is not None else callback)
 
+    def fetch(self, tensor: Any) -> np.ndarray:
+        """A tensor that an observed function was given, as an array."""
+        return self._device.fetch(tensor)
+
     def fork(self) -> Session:
         """An independent session in the same state; what is copied is what has been read, not the whole capacity."""
         with self._lock:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from v4c.benchmark_limits import Limits, machine
+from v4c.benchmark_limits import Limits, limits_of, machine
 from v4c.benchmark_profile import Kernels, Launch, against, launches, rows, typical, write_trace
 from v4c.errors import ArtifactError, OutputError, UnsupportedError
 from v4c.passes.cost import Cost
@@ -30,6 +30,8 @@ from v4c.runtime.weight_memory import WeightTraffic
 
 CHUNK = 512
 """Tokens of a prompt that are read at once."""
+GPU_CHUNK = 2048
+"""The same on a GPU, where a weight tile meets more rows."""
 LONGEST_FILL = 16384
 """Tokens that are read to fill caches; what lies beyond repeats them."""
 CYCLE = 16
@@ -71,7 +73,7 @@ def bench(
 
     Raises:
         ArtifactError: it cannot be run, or was compiled before there was a `bench`.
-        UnsupportedError: it is the simulation of another device.
+        UnsupportedError: it is the simulation of another device, or a profile is asked for on a GPU.
         InputError: an argument is out of range.
         OutputError: the trace cannot be written.
     """
@@ -86,7 +88,9 @@ def bench(
         raise ArtifactError(f"{path}: expected a table of kernels in the manifest, found none: compile it again")
     contexts = [checked_count(n, "context", 1, model.max_context) for n in contexts]
     prompt_tokens = checked_count(prompt_tokens, "prompt_tokens", 1, model.max_context)
-    limits = Limits(model, path)
+    if model.on_gpu and (profile or trace is not None):
+        raise UnsupportedError(f"{path}: expected no profile for a GPU, whose kernels nsys shows")
+    limits = limits_of(model, path)
     work = [*(partial(decoding, model, n, rounds) for n in contexts), partial(prefilling, model, prompt_tokens, rounds)]
     measured: list[Measured] = []
     for make in work:
@@ -97,7 +101,7 @@ def bench(
     limits.measure()
     *decode, prefill = measured
     document: dict[str, Any] = {
-        "machine": machine(),
+        "machine": machine(model),
         "threads": model.threads,
         "huge_pages": huge_pages,
         "stream_bandwidth_gbs": limits.bandwidth / 1e9,
@@ -159,7 +163,7 @@ def prefilling(model: Model, tokens: int, rounds: int) -> Work:
     session = model.new_session(max_context=tokens)
 
     def step(session: Session) -> None:
-        session.prefill(ids, chunk=CHUNK)
+        session.prefill(ids, chunk=GPU_CHUNK if model.on_gpu else CHUNK)
 
     return Work(f"prefill of {tokens}", max(FEWEST_PROMPTS, rounds // PROMPT_SHARE), session, Session.reset, step)
 

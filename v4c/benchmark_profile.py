@@ -18,7 +18,7 @@ BETWEEN = "between kernels"
 """The row for the rest of a step: Python, the virtual machine, and waiting for threads to start."""
 
 Kernels = Mapping[str, Sequence[Any]]
-"""The manifest's table: kernel to its operator and its number of inputs."""
+"""The manifest's table: kernel to its operator, the number of its inputs, and of its own memory's arguments."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ def launches(
     found = []
     for index, (call, given) in enumerate(zip(calls, arguments, strict=True)):
         if call.name in kernels:
-            op, inputs = kernels[call.name]
-            found.append(Launch(index, call.name, op, cost_of(op, given[:inputs], given[inputs:], capacity)))
+            op, inputs, *own = kernels[call.name]
+            outputs = given[inputs : len(given) - sum(own)]
+            found.append(Launch(index, call.name, op, cost_of(op, given[:inputs], outputs, capacity)))
     return found
 
 

@@ -49,7 +49,7 @@ class Bench:
     def __init__(self, architecture: Architecture, compiler: Callable[[str], Any] | None = None) -> None:
         cuda_library.find_device()
         load_runtime()
-        self._architecture = architecture
+        self.architecture = architecture
         self._compiler = compiler or partial(toolchain.compile_source, architecture=architecture)
         self._runtime = cuda_library.open_runtime()
         self.stream = Stream()
@@ -69,7 +69,7 @@ class Bench:
 
         function = kernel.build().with_attr("global_symbol", "main")
         with machine_code(self._compiler):
-            target = CUDATarget(self._architecture).tvm_target()
+            target = CUDATarget(self.architecture).tvm_target()
             return function, tvm.compile(tvm.IRModule({"main": function}), target=target)["main"]
 
     def calls(self, kernel: Kernel, sizes: Mapping[str, int], seed: int = 0) -> list[Call]:

@@ -20,8 +20,9 @@ from ..tuning_database import TuningDatabase
 from . import packing, toolchain
 from .architectures import ARCHITECTURES, DEFAULT, Architecture, find
 from .device_module import Compiler, machine_code
+from .kernels.limits import limits
 from .kernels.products import WEIGHTS
-from .launch import CTYPES
+from .launch import CTYPES, SCRATCH
 from .lowering import CUDAKernels
 from .scheduling import scheduler
 
@@ -104,14 +105,26 @@ class CUDATarget:
         target = self.tvm_target()
         compiler = self.compiler or (lambda source: toolchain.compile_source(source, self.architecture))
         lowered = relax_pipeline(target, options)(provide_scratch(module))
-        kernels = kernel_table(lowered)
+        kernels = _kernels(lowered)
         schedule_loops(lowered)
+        for name, function in limits().items():
+            lowered[name] = function
         with machine_code(compiler) as made:
             relax.build(lowered, target=target, relax_pipeline=None).export_library(str(library))
         if not made:
             raise UnsupportedError(f"target {self.name}: expected kernels in the module, found none")
         self._made.update(_summary(made))
         return kernels
+
+
+def _kernels(lowered: Any) -> dict[str, list[Any]]:
+    """`kernel_table`, with how many of a kernel's last arguments are its own memory, where there are any."""
+    table = kernel_table(lowered)
+    for variable, function in lowered.functions.items():
+        own = int((function.attrs or {}).get(SCRATCH, 0)) if variable.name_hint in table else 0
+        if own:
+            table[variable.name_hint].append(own)
+    return table
 
 
 def _own() -> str | None:

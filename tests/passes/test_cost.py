@@ -28,10 +28,29 @@ def test_a_product_reads_its_weight_once() -> None:
     assert cost.bytes == 4 * 30 + 2 * 200 + 4 * 60
 
 
-def test_a_packed_weight_counts_as_it_lies() -> None:
-    """20 rows in panels of 32: the padding is read, and multiplied, too."""
+def test_a_packed_weight_is_read_as_it_lies() -> None:
+    """20 rows in panels of 32: the padding is read, too, but its products are nobody's."""
     cost = cost_of("MatMul", [spec(3, 10), spec(1, 10, 32)], [spec(3, 20)])
-    assert cost.flops == 2 * 3 * 10 * 32
+    assert cost.bytes == 4 * (30 + 320 + 60)
+    assert cost.flops == 2 * 3 * 10 * 20
+
+
+@pytest.mark.parametrize(
+    ("gate_up", "down"),
+    [
+        ((4, 4, 3, 1088), (4, 3, 2, 1088)),  # int8 in panels: 4 experts of 64 for 96
+        ((4, 4, 3, 576), (4, 3, 2, 576)),
+        ((4, 4, 3, 544), (4, 3, 2, 544)),  # FP4
+        ((4, 4, 1, 4160), (4, 3, 1, 4160)),  # FP8, whose only group of inputs is not full
+        ((4, 4, 48, 128), (4, 3, 32, 128)),  # pairs of bfloat16
+        ((4, 128, 112), (4, 96, 80)),  # rows of FP8 on a GPU
+        ((4, 128, 64), (4, 96, 48)),  # of FP4
+    ],
+)
+def test_experts_count_their_weights_however_they_lie(gate_up: tuple[int, ...], down: tuple[int, ...]) -> None:
+    inputs = [spec(1, 1, 96), spec(1, 1, 2), spec(1, 1, 2, dtype="int64")]
+    inputs += [spec(*gate_up, dtype="uint8"), spec(*down, dtype="uint8")]
+    assert cost_of("GroupedExperts", inputs, [spec(1, 1, 96)]).flops == 2 * 2 * 3 * 64 * 96
 
 
 @pytest.mark.parametrize(("bits", "block"), [(8, 1088), (4, 576)])
