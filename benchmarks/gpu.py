@@ -1,9 +1,9 @@
 """CUDA kernels of a published size, and whole models, on this machine's GPU, against what the chip can do: one table.
 
 Run ``python -m benchmarks.gpu`` where there is a GPU and nvcc; ``--size v4-pro`` for larger kernels. Times of kernels
-are CUDA events, medians, over random inputs that do not stay in the cache; of models, those of `v4c bench`, tokens in and
-logits out included. Bandwidth is that of a copy on the device, arithmetic that of a large bfloat16 product of torch; both
-are measured here, and missing ("-") without a torch for CUDA.
+are CUDA events, medians, over random inputs that do not stay in the cache; of models, those of `v4c bench`, tokens in
+and logits out included. Bandwidth is that of a copy on the device, arithmetic that of a large bfloat16 product of
+torch; both are measured here, and missing ("-") without a torch for CUDA.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ PROMPT, CONTEXT = 4096, 1024
 
 
 def model_rows(name: str, architecture: str, bandwidth: float | None, rate: float | None) -> list[list[str]]:
-    """Lines of a whole model with random weights, in bfloat16 or as published: a prompt, and a decode step behind it."""
+    """Lines of a whole model with random weights, in bfloat16 or as published: a decode step, and a prompt."""
     size, _, quant = name.partition(":")
     with tempfile.TemporaryDirectory() as folder:
         path, source = Path(folder) / "model.v4c", preset(size)
