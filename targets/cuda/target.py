@@ -121,8 +121,9 @@ def _kernels(lowered: Any) -> dict[str, list[Any]]:
     """`kernel_table`, with how many of a kernel's last arguments are its own memory, where there are any."""
     table = kernel_table(lowered)
     for variable, function in lowered.functions.items():
-        own = int((function.attrs or {}).get(SCRATCH, 0)) if variable.name_hint in table else 0
-        if own:
+        attributes = function.attrs or {}
+        own = int(attributes[SCRATCH]) if SCRATCH in attributes else 0
+        if own and variable.name_hint in table:
             table[variable.name_hint].append(own)
     return table
 

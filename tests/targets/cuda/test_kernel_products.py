@@ -101,10 +101,10 @@ def test_edge_scales(dtype: str, rng: torch.Generator) -> None:
     if dtype in NATIVE_GROUPS:
         stored, w = coded(rng, dtype, 32, 64)
         start = stored.shape[1] - 16
-        for code, factor in ((0, 2.0**-127), (1, 2.0**-126), (247, 2.0**120)):
+        for code in (0, 1, 10, 240):
             stored[:, start : start + 2] = code
-            exact = coded_values(stored, dtype)[:, :3] * factor
-            for rows in (3, 9):
+            exact = coded_values(stored, dtype)[:, :3] * 2.0 ** (code - 127)
+            for rows in (3, 9) if code > 1 else (3,):  # a bfloat16 ends at 2^-133
                 inputs = torch.cat([x, torch.zeros(rows - 3, 64)])
                 (y,) = run(
                     merged_linear, ((32,), 64, dtype, None, ProductSchedule()), [inputs, stored],

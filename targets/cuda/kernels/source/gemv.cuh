@@ -37,7 +37,7 @@ V4C_DEVICE void dot_rows(const float* const (&x)[ROWS], const float* norm,
   for (int m = 0; m < ROWS; ++m)
 #pragma unroll
     for (int o = 0; o < OUTS; ++o) sums[m][o] = 0;
-#pragma unroll(ROWS * OUTS > 8 ? 1 : R::CODED && ROWS * OUTS <= 4 ? 4 : 2)
+#pragma unroll(ROWS * OUTS > (R::CODED ? 4 : 8) ? 1 : R::CODED ? 4 : 2)
   for (int k = lane() * R::STEP; k < K; k += WARP * R::STEP) {
     float weights[OUTS][R::STEP], scales[OUTS];
 #pragma unroll
