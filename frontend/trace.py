@@ -7,11 +7,12 @@ whatever the model's size; layers of one kind share one function. Custom ops sta
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ParamSpec
 
 import onnx_ir as ir
 import torch
@@ -25,6 +26,8 @@ from v4c.frontend.config import ModelConfig
 from .model.caches import layer_caches
 from .model.model import DecoderLayer, Embedding, Head
 from .model.mtp import MTPEntry
+
+P = ParamSpec("P")
 
 PART_DOMAIN = "v4c.parts"
 """ONNX domain of the model-local functions the parts become."""
@@ -49,6 +52,21 @@ class Part:
     outputs: tuple[str, ...]
 
 
+_MOST_HELD = 64
+
+
+def _traced_once(trace: Callable[P, Part]) -> Callable[P, Part]:
+    """`trace`, whose results are kept: tracing a layer takes seconds. Every call gets a copy, for passes change it."""
+    held = functools.lru_cache(_MOST_HELD)(trace)
+
+    @functools.wraps(trace)
+    def copied(*args: P.args, **kwargs: P.kwargs) -> Part:
+        part = held(*args, **kwargs)
+        return replace(part, function=part.function.clone())
+
+    return copied
+
+
 def layer_kind(config: ModelConfig, layer: int) -> str:
     """Name of a layer's kind, e.g. ``CSATopKLayer``: layers of one kind share a traced function."""
     attention = {"sliding": "Sliding", "csa": "CSA", "hca": "HCA"}[config.attention_types[layer]]
@@ -57,6 +75,7 @@ def layer_kind(config: ModelConfig, layer: int) -> str:
     return f"{attention}{router}{engram}Layer"
 
 
+@_traced_once
 def trace_embedding(config: ModelConfig) -> Part:
     """``input_ids -> streams``."""
     batch, chunk = _dims("batch", "chunk")
@@ -65,6 +84,7 @@ def trace_embedding(config: ModelConfig) -> Part:
     )
 
 
+@_traced_once
 def trace_head(config: ModelConfig, all_logits: bool) -> Part:
     """``streams, lengths -> logits``, of each row's last live token or of every token."""
     batch, chunk = _dims("batch", "chunk")
@@ -73,6 +93,7 @@ def trace_head(config: ModelConfig, all_logits: bool) -> Part:
     return _trace("HeadAll" if all_logits else "Head", lambda: Head(config, all_logits), inputs, dims, ["logits"])
 
 
+@_traced_once
 def trace_mtp_entry(config: ModelConfig) -> Part:
     """``streams, input_ids -> streams``: what an MTP layer makes of the model's streams and the next tokens' ids."""
     batch, chunk = _dims("batch", "chunk")
@@ -81,6 +102,7 @@ def trace_mtp_entry(config: ModelConfig) -> Part:
     return _trace("MTPEntry", lambda: MTPEntry(config), inputs, dims, ["streams"])
 
 
+@_traced_once
 def trace_layer(config: ModelConfig, layer: int) -> Part:
     """``streams, input_ids, positions, lengths, inv_freq(, engram_lookup), caches... -> streams, caches...``."""
     batch, chunk = _dims("batch", "chunk")
@@ -187,9 +209,11 @@ def _as_function(model: ir.Model, name: str) -> ir.Function:
     taken = {value.name for value in graph.inputs}
     for node in graph:
         node.metadata_props.clear()  # stack traces of the tracer: they hold this machine's paths
+        node.meta.clear()  # and its graph
         node.name = (node.name or node.op_type).removeprefix("node_")
         for output in node.outputs:
             output.metadata_props.clear()
+            output.meta.clear()
             if output.name in taken:  # the tracer names values after ops, and an input may be called like one
                 output.name = f"{output.name}_out"
     return ir.Function(PART_DOMAIN, name, graph=graph, attributes=[])

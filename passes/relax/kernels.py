@@ -6,6 +6,7 @@ kind, the prompt and the decode function - shares one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -28,8 +29,13 @@ class Kernel:
     arguments: tuple[Any, ...]
 
     def build(self) -> Any:
-        """The PrimFunc."""
-        return self.factory(*self.arguments)
+        """The PrimFunc; the last few hundred are kept, for parsing one takes up to a second."""
+        return _built(self)
+
+
+@functools.lru_cache(maxsize=512)
+def _built(kernel: Kernel) -> Any:
+    return kernel.factory(*kernel.arguments)
 
 
 class Kernels(Protocol):
