@@ -12,7 +12,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, cast
 
 import onnx_ir as ir
 import torch
@@ -57,7 +57,7 @@ _MOST_HELD = 64
 
 def _traced_once(trace: Callable[P, Part]) -> Callable[P, Part]:
     """`trace`, whose results are kept: tracing a layer takes seconds. Every call gets a copy, for passes change it."""
-    held = functools.lru_cache(_MOST_HELD)(trace)
+    held = cast("Callable[P, Part]", functools.lru_cache(_MOST_HELD)(trace))
 
     @functools.wraps(trace)
     def copied(*args: P.args, **kwargs: P.kwargs) -> Part:
