@@ -14,8 +14,9 @@ from pathlib import Path
 
 from v4c.errors import Error
 
+from . import nvrtc
 from .architectures import Architecture
-from .toolchain import FLAGS, with_device_functions
+from .toolchain import FLAGS, device_source, first_kernel_on, with_device_functions
 
 TENSOR_CORE = 0x23C  # HMMA: half-precision matrix multiply and add
 MATRIX_LOAD = 0x83B  # LDSM: fragments out of shared memory
@@ -24,8 +25,14 @@ ASYNC_COPY = 0xFAE  # LDGSTS: device memory into shared memory past the register
 _INSTRUCTION_BYTES = 16
 
 
-def compile_cubin(compiler: str, source: str, architecture: Architecture) -> tuple[bytes, str]:
-    """Machine code alone of CUDA `source`, and what the compiler printed; Error with what it refused."""
+def compile_cubin(compiler: str | None, source: str, architecture: Architecture) -> tuple[bytes, str]:
+    """Machine code alone of CUDA `source`, by nvcc or, where `compiler` is None, NVRTC, and what the compiler printed.
+
+    Raises:
+        Error: it refuses the source.
+    """
+    if compiler is None:
+        return nvrtc.compile_cubin(first_kernel_on(source), device_source(), architecture)
     with tempfile.TemporaryDirectory() as folder:
         text, cubin = Path(folder) / "kernels.cu", Path(folder) / "kernels.cubin"
         text.write_text(with_device_functions(source))

@@ -1,13 +1,11 @@
 """Compiles CUDA source to a fat binary: machine code of one architecture, and PTX for newer chips.
 
-nvcc is taken from ``CUDA_HOME``, the path, or ``/usr/local/cuda``; without one, NVRTC from PyPI (``nvidia-cuda-nvrtc``,
-``nvidia-cuda-runtime``, ``cuda-bindings``), which then gives machine code alone.
+nvcc is taken from ``CUDA_HOME``, the path, or ``/usr/local/cuda``; without one, NVRTC and nvFatbin from PyPI (`nvrtc`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -20,6 +18,7 @@ from pathlib import Path
 
 from v4c.errors import Error, UnsupportedError
 
+from . import nvrtc
 from .architectures import Architecture
 
 SOURCE = Path(__file__).parent / "kernels" / "source"
@@ -32,6 +31,7 @@ HEADERS = (
 FLAGS = ("-O3", "--std=c++17", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-diag-suppress", "177,186")
 
 
+_KERNEL_BEGINS = 'extern "C" __global__'
 _NULL = "((void*)v4c_null())"  # what TVM writes for the argument "null" (`launch`)
 
 
@@ -91,11 +91,10 @@ def compile_source(source: str, architecture: Architecture) -> Binary:
         Error: the compiler refuses the source; its first error is in the message.
     """
     compiler = nvcc()
-    text = with_device_functions(source)
     if compiler is not None:
-        return _with_nvcc(compiler, text, architecture)
-    if importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings"):
-        return _with_nvrtc(text, architecture)
+        return _with_nvcc(compiler, with_device_functions(source), architecture)
+    if nvrtc.available():
+        return _with_nvrtc(source, architecture)
     raise UnsupportedError(
         "target cuda: expected nvcc (CUDA_HOME, PATH or /usr/local/cuda) or NVRTC (pip install 'v4c[cuda]'), "
         "found neither"
@@ -104,11 +103,14 @@ def compile_source(source: str, architecture: Architecture) -> Binary:
 
 def with_device_functions(source: str) -> str:
     """TVM's source with the device functions behind its own headers and before its first kernel."""
-    source = source.replace(_NULL, "nullptr")
-    first = source.find('extern "C" __global__')
-    if first < 0:
-        return source
-    return f"{source[:first]}\n{device_source()}\n{source[first:]}"
+    kernels = first_kernel_on(source)
+    return f"{source[: source.find(_KERNEL_BEGINS)]}\n{device_source()}\n{kernels}" if kernels else source
+
+
+def first_kernel_on(source: str) -> str:
+    """TVM's source from its first kernel on; empty where it has none."""
+    first = source.find(_KERNEL_BEGINS)
+    return source[first:].replace(_NULL, "nullptr") if first >= 0 else ""
 
 
 @cache
@@ -137,14 +139,9 @@ def _with_nvcc(compiler: str, text: str, architecture: Architecture) -> Binary:
         return Binary(binary.read_bytes(), "fatbin", dict(resources(done.stderr + done.stdout)), version(compiler))
 
 
-def _with_nvrtc(text: str, architecture: Architecture) -> Binary:
-    from tvm.support import nvcc as tvm_nvcc
-
-    try:
-        data = tvm_nvcc.compile_cuda(text, target_format="cubin", arch=architecture.name, compiler="nvrtc")
-    except Exception as error:
-        raise Error(f"NVRTC: expected {architecture.name} code, found: {_first_error(str(error))}") from error
-    return Binary(bytes(data), "cubin", {}, "nvrtc")
+def _with_nvrtc(source: str, architecture: Architecture) -> Binary:
+    data, log = nvrtc.fat_binary(first_kernel_on(source), device_source(), architecture)
+    return Binary(data, "fatbin", dict(resources(log)), nvrtc.version())
 
 
 def _first_error(text: str) -> str:

@@ -16,13 +16,12 @@ from pathlib import Path
 
 from v4c.errors import Error, UnsupportedError
 
-from ..toolchain import Binary, device_source
+from ..toolchain import Binary, device_source, first_kernel_on
 
 _HERE = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-fno-strict-aliasing", "-fpermissive")
 _DYNAMIC = re.compile(r"extern __shared__ [^;]*?\buchar (\w+)\[\];")
 _KERNEL = re.compile(r'extern "C" __global__ void(?: __launch_bounds__\(\d+\))? (\w+)\(')
-_NULL = "((void*)v4c_null())"
 _MAGIC = b"V4CSIM01"
 
 
@@ -49,8 +48,7 @@ def load_driver() -> None:
 
 def compile_simulated(source: str) -> Binary:
     """Kernels of TVM's CUDA `source` for the simulated device."""
-    first = source.find('extern "C" __global__')
-    kernels = _DYNAMIC.sub(r"uchar* \1 = sim_shared;", source[first:].replace(_NULL, "nullptr"))
+    kernels = _DYNAMIC.sub(r"uchar* \1 = sim_shared;", first_kernel_on(source))
     names = sorted(set(_KERNEL.findall(kernels)))
     lines = ['#include "device.h"', device_source(), "V4C_SIMULATED_INTRINSICS", kernels]
     for name in names:

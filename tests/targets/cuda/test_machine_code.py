@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from v4c.targets.cuda import architectures, toolchain
+from v4c.errors import Error
+from v4c.targets.cuda import architectures, nvrtc, toolchain
 from v4c.targets.cuda.device_module import machine_code
 from v4c.targets.cuda.kernels import attention, compress, engram, experts, index, mhc, products, routing, rows
 from v4c.targets.cuda.machine_code import ASYNC_COPY, MATRIX_LOAD, TENSOR_CORE, compile_cubin, opcodes
@@ -22,7 +23,8 @@ from v4c.targets.cuda.schedule import (
 from v4c.targets.cuda.target import CUDATarget
 
 pytestmark = pytest.mark.skipif(
-    toolchain.nvcc() is None, reason="no nvcc: CUDA_HOME, PATH and /usr/local/cuda have none"
+    toolchain.nvcc() is None and not nvrtc.available(),
+    reason="no nvcc in CUDA_HOME, PATH and /usr/local/cuda, and no NVRTC (extra cuda)",
 )
 
 PRODUCT, ATTENTION = ProductSchedule(), AttentionSchedule()
@@ -99,9 +101,7 @@ def source(*names: str) -> str:
 @cache
 def compiled(architecture: str, *names: str) -> tuple[Any, Any]:
     """Opcodes and resources by kernel."""
-    compiler = toolchain.nvcc()
-    assert compiler is not None
-    cubin, log = compile_cubin(compiler, source(*names), architectures.find(architecture))
+    cubin, log = compile_cubin(toolchain.nvcc(), source(*names), architectures.find(architecture))
     return opcodes(cubin), dict(toolchain.resources(log))
 
 
@@ -154,3 +154,15 @@ def test_every_factory_is_compiled_here() -> None:
         f for f in vars(lowering).values() if getattr(f, "__module__", "").startswith("v4c.targets.cuda.kernels.")
     }
     assert {factory for factory, _ in (*MATRIX.values(), *OTHERS.values())} == {f for f in factories if callable(f)}
+
+
+@pytest.mark.skipif(not nvrtc.available(), reason="no NVRTC: extra cuda is not installed")
+def test_without_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "nvcc", lambda: None)
+    made = toolchain.compile_source(source("linear_fp8", "rms_norm"), architectures.find("sm_90a"))
+    assert (made.kind, made.data[:4]) == ("fatbin", b"\x50\xed\x55\xba")
+    assert made.compiler.startswith("nvrtc 13.")
+    assert {k.partition("_kernel")[0] for k in made.resources} == {"linear_fp8", "rms_norm"}
+    check_resources(made.resources)
+    with pytest.raises(Error, match=r"NVRTC: expected sm_90a code, found: .*error"):
+        toolchain.compile_source('extern "C" __global__ void broken() { nothing }', architectures.find("sm_90a"))

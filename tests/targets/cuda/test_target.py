@@ -105,6 +105,6 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     from v4c.targets.cuda.architectures import find as architecture
 
     monkeypatch.setattr(toolchain, "nvcc", lambda: None)
-    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(toolchain.nvrtc, "available", lambda: False)
     with pytest.raises(UnsupportedError, match=r"expected nvcc .* or NVRTC .*, found neither"):
         toolchain.compile_source("", architecture("sm_80"))
