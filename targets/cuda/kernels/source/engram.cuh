@@ -80,6 +80,7 @@ V4C_DEVICE void engram_lookup(const W* table, const int64_t* addresses, int64_t 
     const int64_t at = smaller(first + i * 128, all - 1);  // no branch, so that no load waits for the one before
     pieces[i] = *reinterpret_cast<const P*>(table + addresses[at / PER_ROW] * WIDTH + at % PER_ROW * P::PER);
   }
+  __syncthreads();  // or the compiler puts loads behind the first stores, which wait for the first piece
 #pragma unroll
   for (int i = 0; i < PIECES; ++i) {
     const int64_t at = first + i * 128;
