@@ -70,8 +70,11 @@ PHASES = (
     # Neighbouring elementwise loops become one; it reads the patterns annotated above.
     Phase("fuse-elementwise", _plain("FuseOps", "FuseTIR"), optional=True),
     Phase("remove-dead-code", _plain("DeadCodeElimination"), optional=True),
-    # Every tensor's memory becomes explicit, and storage whose tensor is dead is used again.
-    Phase("plan-memory", _plain("ToNonDataflow", "RemovePurityChecking", "CallTIRRewrite", "StaticPlanBlockMemory")),
+    # Every tensor's memory becomes explicit, and storage whose tensor is dead is used again. A target that runs kernels
+    # beside others says so in between: from there on order counts, and memory is not planned yet.
+    Phase("plan-memory", _plain(
+        "ToNonDataflow", "RemovePurityChecking", "CallTIRRewrite", "RunBeside", "StaticPlanBlockMemory",
+    )),
     # The checks of arguments keep no text of where they fail: it is most of a library, and grows with every layer.
     Phase("lower-to-vm", (
         *_plain("LowerAllocTensor", "KillAfterLastUse", "LowerRuntimeBuiltin", "ComputePrimValue"),
@@ -210,8 +213,12 @@ def run_onnx_passes(
     return reports
 
 
-def relax_pipeline(target: Any, options: PassOptions) -> Any:
-    """The phases as one module pass for `relax.build`."""
+def relax_pipeline(target: Any, options: PassOptions, run_beside: Callable[[Any], Any] | None = None) -> Any:
+    """The phases as one module pass for `relax.build`.
+
+    `run_beside`, of a target that has a second stream, takes the module before memory is planned, every kernel called
+    with its outputs as last arguments and no dataflow blocks left, and returns it with calls that change streams.
+    """
     import tvm
     from tvm import relax
 
@@ -221,7 +228,11 @@ def relax_pipeline(target: Any, options: PassOptions) -> Any:
     def ours(function: Any) -> Any:
         return lambda: tvm.transform.module_pass(function, opt_level=0)
 
-    own = {"SpecialiseKernels": ours(specialise_kernels), "DropArgumentChecks": ours(drop_argument_checks)}
+    own = {
+        "SpecialiseKernels": ours(specialise_kernels),
+        "RunBeside": ours(lambda module, context: run_beside(module) if run_beside else module),
+        "DropArgumentChecks": ours(drop_argument_checks),
+    }
 
     def observe(number: int, name: str, module: Any, measured: Any) -> None:
         if options.observe:

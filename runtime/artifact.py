@@ -21,6 +21,7 @@ import numpy as np
 from v4c.errors import ArtifactError, InputError, UnsupportedError
 from v4c.runtime.cuda import check_device
 from v4c.runtime.dtypes import DTYPES
+from v4c.runtime.host_memory import HostTable
 from v4c.runtime.huge_pages import copy_files
 from v4c.runtime.library import installed_tvm_version, one_line
 from v4c.runtime.manifest import MANIFEST_NAME, Manifest, StoredWeight, Target
@@ -113,6 +114,13 @@ class Artifact:
             ArtifactError: the artifact was compiled without weights, or a file cannot be mapped.
         """
         return [tensor_over(a, w.dtype) for a, w in zip(self._mapped[1], self.manifest.weights, strict=True)]
+
+    @property
+    def host_tables(self) -> list[HostTable | None]:
+        """In manifest order, for weights that stay in host memory beside a GPU where they lie; None for the others."""
+        return [
+            HostTable(w.name, self.path / str(w.file), w.offset) if w.on_host else None for w in self.manifest.weights
+        ]
 
     def copy_weights(self) -> list[Any]:
         """All weights as TVM tensors over copies of the files in huge pages of this process, in manifest order.

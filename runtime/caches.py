@@ -35,6 +35,13 @@ class Caches:
         self.tensors = [tensor_over(array, s.dtype) for array, s in zip(self.arrays, specs, strict=True)]
         self._rings = [array for array, s in zip(self.arrays, specs, strict=True) if s.ratio is None]
 
+    def to_save(self, positions: np.ndarray) -> list[np.ndarray]:
+        """The arrays themselves, as `to_fill`."""
+        return self.arrays
+
+    def to_fill(self, positions: np.ndarray) -> list[np.ndarray]:
+        return self.arrays
+
     def copy_live(self, source: Caches, positions: np.ndarray) -> None:
         """Take over what ``source`` holds of rows that have read ``positions`` [B] tokens.
 

@@ -2,7 +2,8 @@
 
 A graph holds pointers. Those of weights, caches and inputs are fixed for a session, which binds and keeps them; the
 scratch memory of the step comes from TVM's pool, and stays mapped until that is emptied (`Program.release_scratch`).
-A step that runs after that is recorded anew. Sessions that share a GPU take turns (`GPU.exclusive`), so that what one
+A step that runs after that is recorded anew, and also one that runs after another machine was made, which may have
+taken memory out of the pool for its constants. Sessions that share a GPU take turns (`GPU.exclusive`), so that what one
 leaves in the pool between two steps is free for the others.
 """
 
@@ -17,6 +18,8 @@ from v4c.runtime import cuda_library
 
 _NON_BLOCKING = 1  # cudaStreamNonBlocking: no order with the default stream, which cannot be recorded
 _RELAXED = 2  # cudaStreamCaptureModeRelaxed: memory may be taken meanwhile, should the pool lack a block
+TO_DEVICE, TO_HOST, WITHIN_DEVICE = 1, 2, 3  # cudaMemcpyKind
+_NO_TIMING = 2  # cudaEventDisableTiming: the event only orders streams
 
 
 class Stream:
@@ -26,6 +29,36 @@ class Stream:
         self._runtime = cuda_library.open_runtime()
         self.handle = ctypes.c_void_p()
         self._call("cudaStreamCreateWithFlags", ctypes.byref(self.handle), _NON_BLOCKING)
+
+    def copy(self, to: int, source: int, nbytes: int, kind: int) -> None:
+        """Copy between two places once what this stream was given before is done; the host's are pageable memory.
+
+        From the host, the bytes are taken before this returns; to the host, they are there when it returns.
+        TVM's own copies go to the default stream, which does not wait for this one.
+        """
+        self._call("cudaMemcpyAsync", ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(nbytes), kind,
+                   self.handle)  # fmt: skip
+
+    def finish(self) -> None:
+        """Wait until everything this stream was given is done."""
+        self._call("cudaStreamSynchronize", self.handle)
+
+    def new_event(self) -> ctypes.c_void_p:
+        """An event for `mark` and `wait`."""
+        event = ctypes.c_void_p()
+        self._call("cudaEventCreateWithFlags", ctypes.byref(event), _NO_TIMING)
+        return event
+
+    def mark(self, event: ctypes.c_void_p) -> None:
+        """Let ``event`` stand for everything this stream has been given so far."""
+        self._call("cudaEventRecord", event, self.handle)
+
+    def wait(self, event: ctypes.c_void_p) -> None:
+        """Hold back what this stream is given from now on until what ``event`` stands for is done.
+
+        While the stream that marked it is recorded, this one is recorded into the same graph from here on.
+        """
+        self._call("cudaStreamWaitEvent", self.handle, event, 0)
 
     def record(self, work: Callable[[], Any]) -> tuple[Any, ctypes.c_void_p]:
         """What ``work`` returns, and its launches on this stream as a graph, which are not made."""
@@ -52,6 +85,11 @@ class Stream:
 
     def _call(self, name: str, *arguments: Any) -> None:
         _check(name, self._runtime[name](*arguments))
+
+
+def finish_default_stream() -> None:
+    """Wait for the default stream, on which TVM copies; no other stream of this module waits for it."""
+    _check("cudaStreamSynchronize", cuda_library.open_runtime().cudaStreamSynchronize(None))
 
 
 def _check(name: str, error: int) -> None:

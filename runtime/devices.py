@@ -6,13 +6,14 @@ before a call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
 
 from v4c.runtime.caches import Caches
+from v4c.runtime.host_memory import HostTable
 from v4c.runtime.manifest import CacheSpec
 from v4c.runtime.tensors import array_over, tensor_over
 
@@ -30,9 +31,14 @@ class SessionCaches(Protocol):
     def tensors(self) -> list[Any]:
         """TVM tensors in the manifest's order, at the same places as long as the session lives."""
 
-    @property
-    def arrays(self) -> list[np.ndarray]:
-        """The same memory as NumPy arrays; UnsupportedError where the processor does not reach it."""
+    def to_save(self, positions: np.ndarray) -> Iterable[np.ndarray]:
+        """The state of rows that have read ``positions`` [B] tokens, a cache after the other in the manifest's order.
+
+        Each [B, n, ...] in the storage type of its dtype; of a cache that grows, n is at least what is written.
+        """
+
+    def to_fill(self, positions: np.ndarray) -> Iterable[np.ndarray]:
+        """Arrays of the same kind to write such a state to, each before the next is asked for."""
 
     def ring_rows(self, positions: np.ndarray) -> Any:
         """As of `Caches`; sessions of models with an MTP layer ask for it."""
@@ -54,8 +60,8 @@ class Device(Protocol):
     def machine(self) -> tuple[int, ...]:
         """Devices of a virtual machine: type, number and allocator of each."""
 
-    def weights(self, tensors: Sequence[Any]) -> list[Any]:
-        """Weights that are mapped into memory, where kernels read them."""
+    def weights(self, tensors: Sequence[Any], tables: Sequence[HostTable | None]) -> list[Any]:
+        """Weights that are mapped into memory, where kernels read them; ``tables`` are those that stay on the host."""
 
     def caches(self, specs: Sequence[CacheSpec], batch: int, max_context: int) -> SessionCaches:
         """Caches of a new session."""
@@ -72,10 +78,13 @@ class Device(Protocol):
     def exclusive(self) -> AbstractContextManager[Any]:
         """Held while a session calls compiled functions or copies state."""
 
+    def settle(self) -> None:
+        """Wait for copies that TVM made by itself."""
+
     def step(self, function: Callable[..., Any], releases: Callable[[], int]) -> Callable[..., Any]:
         """The same function, made for being called with the same tensors over and over.
 
-        ``releases`` counts how often scratch memory has been released.
+        ``releases`` counts how often scratch memory has been released, or taken for good.
         """
 
 
@@ -84,7 +93,7 @@ class Host:
 
     machine = CPU_MACHINE
 
-    def weights(self, tensors: Sequence[Any]) -> list[Any]:
+    def weights(self, tensors: Sequence[Any], tables: Sequence[HostTable | None]) -> list[Any]:
         return list(tensors)
 
     def caches(self, specs: Sequence[CacheSpec], batch: int, max_context: int) -> Caches:
@@ -101,6 +110,9 @@ class Host:
 
     def exclusive(self) -> AbstractContextManager[Any]:
         return nullcontext()
+
+    def settle(self) -> None:
+        """Nothing to do: they are made when the call returns."""
 
     def step(self, function: Callable[..., Any], releases: Callable[[], int]) -> Callable[..., Any]:
         return function

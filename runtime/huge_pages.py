@@ -7,14 +7,13 @@ each. Linux backs anonymous memory with pages of 2 MiB where it was advised to (
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from v4c.errors import ArtifactError, InputError, UnsupportedError
+from v4c.errors import InputError, UnsupportedError
+from v4c.runtime.file_pieces import read_parts
 from v4c.runtime.library import one_line
 
 _HUGE = 2 << 20
@@ -42,8 +41,6 @@ def check_huge_pages() -> None:
 def copy_files(sizes: Mapping[Path, int]) -> dict[Path, np.ndarray]:
     """Files of so many bytes, each as uint8 ``[size]`` in memory of its own, from a 2 MiB boundary on.
 
-    Pieces of files are read in threads.
-
     Raises:
         InputError: less memory is free than they take.
         ArtifactError: a file cannot be read, or ends before its size.
@@ -52,15 +49,7 @@ def copy_files(sizes: Mapping[Path, int]) -> dict[Path, np.ndarray]:
     if free is not None and needed > free:
         raise InputError(f"huge_pages: expected {needed} bytes of free memory for the weights, found {free}")
     copies = {file: _huge_buffer(size) for file, size in sizes.items()}
-    pieces = [(file, start) for file, size in sizes.items() for start in range(0, size, _PIECE)]
-    with ThreadPoolExecutor() as pool:
-        reads = [pool.submit(_read, file, start, copies[file]) for file, start in pieces]
-        try:
-            for read in reads:
-                read.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    read_parts([(file, 0, copy) for file, copy in copies.items()], _PIECE)
     return copies
 
 
@@ -83,17 +72,3 @@ def _huge_buffer(size: int) -> np.ndarray:
     whole = np.frombuffer(memory, np.uint8)
     start = -whole.ctypes.data % _HUGE
     return whole[start : start + size]
-
-
-def _read(file: Path, start: int, copy: np.ndarray) -> None:
-    """Fill a piece of `copy` from the same place in the file."""
-    end = min(start + _PIECE, len(copy))
-    try:
-        with open(file, "rb", buffering=0) as opened:
-            while start < end:
-                count = os.preadv(opened.fileno(), [copy[start:end].data], start)
-                if not count:
-                    raise ArtifactError(f"{file}: expected {len(copy)} bytes, found {start}")
-                start += count
-    except OSError as error:
-        raise ArtifactError(f"{file}: expected a file that can be read, found {one_line(error)}") from None

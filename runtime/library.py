@@ -140,16 +140,17 @@ class Program:
         device: what it runs on; its libraries are loaded.
 
     Attributes:
-        releases: how often scratch memory has been released.
+        releases: how often scratch memory has been released, or taken for good; of all programs, whose pool is one.
 
     Raises:
         ArtifactError: it cannot be loaded, or holds no Relax executable.
     """
 
+    releases = 0
+
     def __init__(self, path: Path, device: Device) -> None:
         ffi = import_ffi()
         self.device = device
-        self.releases = 0
         try:
             self._module = ffi.load_module(str(path))
             self._load_executable = self._module["vm_load_executable"]
@@ -158,9 +159,16 @@ class Program:
         self._clear = ffi.get_global_func("vm.builtin.memory_manager.clear")
 
     def new_machine(self) -> Machine:
-        """A virtual machine; it shares code and constants with the others."""
+        """A virtual machine; it shares code with the others.
+
+        Its constants are copied to the device, into memory out of the pool for as long as it lives. A recorded step may
+        use that memory as scratch, so this counts as a release.
+        """
         module = self._load_executable()
-        module["vm_initialization"](*self.device.machine)
+        with self.device.exclusive():
+            module["vm_initialization"](*self.device.machine)
+            self.device.settle()
+            Program.releases += 1
         return Machine(module)
 
     def release_scratch(self) -> None:
@@ -169,7 +177,7 @@ class Program:
         TVM's pool keeps a buffer of every size it has seen, and prompts come in every length.
         """
         self._clear()
-        self.releases += 1
+        Program.releases += 1
 
     def function(self, name: str) -> Callable[..., Any] | None:
         """A compiled function of the library outside the virtual machine, None where there is none of that name."""

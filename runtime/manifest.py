@@ -39,15 +39,21 @@ Each returns a tuple: float32 logits, then the caches, which it has updated in p
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_HOST = "host"
+"""What a weight's ``memory`` says where it stays in host memory; artifacts without such weights have no such key."""
 
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """Name, dtype and shape of one packed weight, in the order the compiled functions take them."""
+    """Name, dtype and shape of one packed weight, in the order the compiled functions take them.
+
+    `on_host` is a table that stays in host memory when the other weights go to a GPU.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    on_host: bool = field(default=False, kw_only=True)
 
     @property
     def nbytes(self) -> int:
@@ -191,7 +197,7 @@ class Manifest:
             "build": dict(self.build),
             **({"plan": self.plan} if self.plan is not None else {}),
             **({"mtp": _mtp_json(self.mtp)} if self.mtp is not None else {}),
-            "weights": [{**vars(weight), "shape": list(weight.shape)} for weight in self.weights],
+            "weights": [_weight_json(weight) for weight in self.weights],
             "library": self.library,
             "tokenizer": self.tokenizer,
             "files": {name: vars(stored) for name, stored in sorted(self.files.items())},
@@ -324,12 +330,24 @@ def _check_mtp(fields: Fields, manifest: Manifest) -> None:
         raise fields.fail("mtp", "own_weights to be the last weights", list(manifest.mtp.own_weights)[:1])
 
 
+def _weight_json(weight: StoredWeight) -> dict[str, Any]:
+    """A weight's entry; its place in memory is said only where it is not where the program runs."""
+    entry = {**vars(weight), "shape": list(weight.shape)}
+    if entry.pop("on_host"):
+        entry["memory"] = _HOST
+    return entry
+
+
 def _weight(fields: Fields, files: Mapping[str, StoredFile]) -> StoredWeight:
     shape = tuple(fields.items("shape", int, "sizes"))
     if any(size < 0 for size in shape):
         raise fields.fail("shape", "sizes of at least 0", shape)
     file = _listed(fields, "file", fields.optional_text("file"), files)
-    weight = StoredWeight(fields.text("name"), read_dtype(fields), shape, file, fields.count("offset"))
+    memory = fields.text("memory") if "memory" in fields.remaining() else ""
+    if memory not in ("", _HOST):
+        raise fields.fail("memory", f"{_HOST!r} or no such key", memory)
+    on_host = memory == _HOST
+    weight = StoredWeight(fields.text("name"), read_dtype(fields), shape, file, fields.count("offset"), on_host=on_host)
     fields.done()
     if weight.offset % ALIGNMENT:
         raise fields.fail("offset", f"a multiple of {ALIGNMENT}", weight.offset)

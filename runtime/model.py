@@ -12,7 +12,7 @@ import numpy as np
 
 from v4c.errors import InputError
 from v4c.runtime.artifact import Artifact
-from v4c.runtime.cuda import GPU
+from v4c.runtime.cuda import first_gpu
 from v4c.runtime.devices import Device, Host
 from v4c.runtime.generation import Completion, Counts, Generation, Options, Processor, Row, Token, plain
 from v4c.runtime.huge_pages import check_huge_pages
@@ -49,7 +49,8 @@ def load(
         UnsupportedError: it was compiled for a target this runtime cannot drive, or for a GPU and something that needs
             is missing; or this kernel gives no huge pages on advice.
         InputError: ``verify`` is unknown, ``threads`` is not what the process already runs with, ``weights_memory`` is
-            no size, or too small, or ``huge_pages`` come with it, for a GPU, or need more memory than is free.
+            no size, or too small, or ``huge_pages`` come with it, for a GPU, or need more memory than is free; or the
+            weights do not fit on the GPU, or its tables in host memory.
     """
     bound = None if weights_memory is None else parse_bytes(weights_memory, "weights_memory")
     if huge_pages and bound is not None:
@@ -66,7 +67,7 @@ def load(
         raise InputError(
             f"huge_pages: expected a model for the processor, found target {artifact.manifest.target.name}"
         )
-    device = GPU() if artifact.on_gpu else Host()
+    device = first_gpu() if artifact.on_gpu else Host()
     return Model(artifact, Program(artifact.library, device), running, bound, huge_pages)
 
 
@@ -87,7 +88,8 @@ class Model:
         self._artifact = artifact
         self._program = program
         self._huge_pages = huge_pages
-        self._weights = program.device.weights(artifact.copy_weights() if huge_pages else artifact.map_weights())
+        tensors = artifact.copy_weights() if huge_pages else artifact.map_weights()
+        self._weights = program.device.weights(tensors, artifact.host_tables)
         self._memory = None if weights_memory is None else artifact.bound_weights(weights_memory)
 
     @property

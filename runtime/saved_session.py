@@ -12,7 +12,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -60,14 +60,14 @@ def model_identity(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def write_session(path: Path, manifest: Manifest, saved: SavedSession, arrays: Sequence[np.ndarray]) -> None:
+def write_session(path: Path, manifest: Manifest, saved: SavedSession, arrays: Iterable[np.ndarray]) -> None:
     """Write the file, complete or not at all; a file that is there is replaced.
 
     Args:
         path: the file.
         manifest: of the session's model.
         saved: where its rows stand.
-        arrays: its caches, in the order of `Manifest.all_caches`.
+        arrays: its caches, in the order of `Manifest.all_caches`, each asked for once.
 
     Raises:
         OutputError: it cannot be written.
@@ -131,8 +131,8 @@ class SessionFile:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def read_into(self, arrays: Sequence[np.ndarray]) -> None:
-        """Fill the caches of a session with as many rows, in the order of `Manifest.all_caches`.
+    def read_into(self, arrays: Iterable[np.ndarray]) -> None:
+        """Fill the caches of a session with as many rows, in the order of `Manifest.all_caches`, one after the other.
 
         Raises:
             ArtifactError: the content does not have the hash the file says; what was filled is then to be thrown away.
@@ -224,7 +224,7 @@ def _nbytes(cache: CacheSpec, positions: np.ndarray) -> int:
     return math.prod(_shape(cache, positions)) * DTYPES[cache.dtype].storage.itemsize
 
 
-def _pieces(caches: Sequence[CacheSpec], positions: np.ndarray, arrays: Sequence[np.ndarray]) -> Iterator[memoryview]:
+def _pieces(caches: Sequence[CacheSpec], positions: np.ndarray, arrays: Iterable[np.ndarray]) -> Iterator[memoryview]:
     """The bytes of the tensors. What a ring holds of an earlier sequence is not this session's: it becomes zeros."""
     for cache, array in zip(caches, arrays, strict=True):
         for row, position in enumerate(positions):
@@ -236,7 +236,7 @@ def _pieces(caches: Sequence[CacheSpec], positions: np.ndarray, arrays: Sequence
                 yield from _views((cache,), positions[row : row + 1], (array[row : row + 1],))
 
 
-def _views(caches: Sequence[CacheSpec], positions: np.ndarray, arrays: Sequence[np.ndarray]) -> Iterator[memoryview]:
+def _views(caches: Sequence[CacheSpec], positions: np.ndarray, arrays: Iterable[np.ndarray]) -> Iterator[memoryview]:
     """The memory of the tensors in caches of any capacity, row by row."""
     for cache, array in zip(caches, arrays, strict=True):
         for row, position in enumerate(positions):

@@ -29,7 +29,7 @@ from v4c.runtime.inputs import (
 from v4c.runtime.library import Program, one_line
 from v4c.runtime.manifest import DECODE_ONE, DRAFT, PREFILL_STREAMS, VERIFY, Manifest
 from v4c.runtime.saved_session import SavedSession, SessionFile, write_session
-from v4c.runtime.tensors import aligned_zeros, array_over, tensor_over
+from v4c.runtime.tensors import aligned_zeros
 from v4c.runtime.weight_memory import WeightMemory
 
 _INT64 = np.dtype(np.int64)
@@ -38,10 +38,10 @@ _INT64 = np.dtype(np.int64)
 @dataclass(frozen=True)
 class Mark:
     """A point of a session that `Session.rewind` goes back to: positions [B, 1] of the tokens that may be taken back,
-    and what the rings held in their slots."""
+    and what the rings held in their slots, as the caches keep it."""
 
     positions: np.ndarray
-    rows: list[np.ndarray]
+    rows: Any
 
 
 class Session:
@@ -80,7 +80,7 @@ class Session:
         self._lengths = aligned_zeros((batch,), _INT64)
         # The compiled functions read inputs at the same places in every step; only their content changes.
         self._vectors = (self._device.mirror(self._positions, "int64"), self._device.mirror(self._lengths, "int64"))
-        self._tokens: tuple[np.ndarray, Any] | None = None
+        self._tokens: dict[int, tuple[np.ndarray, Any]] = {}
         self._lock = threading.Lock()
         self._closed = False
         self._observed = False
@@ -160,7 +160,8 @@ class Session:
                 return logits, streams
             finally:
                 if not all_logits:  # a prompt, of any length
-                    self._program.release_scratch()
+                    with self._device.exclusive():
+                        self._program.release_scratch()
 
     def draft(
         self, token_ids: np.ndarray, positions: np.ndarray, lengths: np.ndarray, streams: np.ndarray
@@ -183,22 +184,22 @@ class Session:
                 caches = self._caches.tensors[len(manifest.caches) :]
                 self._functions[DRAFT] = self._machine.bind(DRAFT, [*caches, *weights])
             tokens = live_tokens(token_ids, lengths, manifest.vocab_size)
-            arguments = [_aligned(array, _INT64) for array in (tokens, positions, lengths)]
-            tensors = [tensor_over(array, "int64") for array in arguments]
-            given = tensor_over(_aligned(streams, np.dtype(np.float32)), "float32")
             # The layer's state may only make guesses better or worse, so a call that fails leaves the session usable.
-            try:
-                outputs = self._functions[DRAFT](*tensors, given)
-            except Exception as error:
-                raise Error(f"{DRAFT}: the compiled function failed: {one_line(error)}") from error
-            return array_over(outputs[0])
+            with self._device.exclusive():
+                tensors = [self._given(array, "int64") for array in (tokens, positions, lengths)]
+                try:
+                    outputs = self._functions[DRAFT](*tensors, self._given(streams, "float32"))
+                    return self._device.fetch(outputs[0])
+                except Exception as error:
+                    raise Error(f"{DRAFT}: the compiled function failed: {one_line(error)}") from error
 
     def mark(self) -> Mark:
         """What `rewind` needs to take back the second of the next two tokens that are read."""
         with self._lock:
             self._check_usable()
             positions = self._positions[:, None] + 1
-            return Mark(positions, self._caches.ring_rows(positions))
+            with self._device.exclusive():
+                return Mark(positions, self._caches.ring_rows(positions))
 
     def rewind(self, mark: Mark, rows: np.ndarray) -> None:
         """Take back the second of the two tokens that ``rows`` (bool [B]) have read since ``mark`` was made.
@@ -209,7 +210,8 @@ class Session:
         """
         with self._lock:
             self._check_usable()
-            self._caches.restore_ring_rows(mark.positions, mark.rows, rows[:, None])
+            with self._device.exclusive():
+                self._caches.restore_ring_rows(mark.positions, mark.rows, rows[:, None])
             self._positions[rows] -= 1
 
     def reset(self, rows: Any = None) -> None:
@@ -284,11 +286,11 @@ class Session:
                 tokens = checked_tokens(pending, self.batch, rank=1)[:, None]
                 pending = live_tokens(tokens, np.ones(self.batch, dtype=np.int64), self._manifest.vocab_size)[:, 0]
             saved = SavedSession(self.max_context, self._positions.copy(), pending)
-            write_session(Path(path), self._manifest, saved, self._caches.arrays)
+            write_session(Path(path), self._manifest, saved, self._caches.to_save(self._positions))
 
     def fill(self, file: SessionFile) -> None:
         """Take over the state of a saved session with as many rows; for `Model.restore_session`."""
-        file.read_into(self._caches.arrays)
+        file.read_into(self._caches.to_fill(file.saved.positions))
         self._positions[:] = file.saved.positions
         self.pending = file.saved.pending
 
@@ -371,18 +373,27 @@ class Session:
         return self._device.step(bound, lambda: self._program.releases)
 
     def _feed(self, tokens: np.ndarray) -> Any:
-        """The input tensor with ``tokens`` [B, S], and the vectors up to date; that of a step is kept."""
-        held = self._tokens if tokens.shape[1] == 1 else None
+        """The input tensor with ``tokens`` [B, S], and the vectors up to date; those of steps are kept."""
+        width = tokens.shape[1]
+        held = self._tokens.get(width)
         if held is None:
             input_ids = aligned_zeros(tokens.shape, _INT64)
             held = (input_ids, self._device.mirror(input_ids, "int64"))
-            if tokens.shape[1] == 1:
-                self._tokens = held
+            if width <= 2:
+                self._tokens[width] = held
         held[0][:] = tokens
         self._device.refresh(held[1], held[0])
         for tensor, array in zip(self._vectors, (self._positions, self._lengths), strict=True):
             self._device.refresh(tensor, array)
         return held[1]
+
+    def _given(self, array: np.ndarray, dtype: str) -> Any:
+        """A tensor with what is in ``array``."""
+        copy = aligned_zeros(array.shape, np.dtype(dtype))
+        copy[...] = array
+        tensor = self._device.mirror(copy, dtype)
+        self._device.refresh(tensor, copy)
+        return tensor
 
     def _check_in_place(self, entry: str, outputs: Any) -> None:
         """Refuse a library whose caches are copies: its state would be lost after every call."""
@@ -396,10 +407,3 @@ class Session:
             raise InputError("session: expected an open session, found a closed one")
         if self._interrupted:
             raise InputError("session: expected a whole state, found one whose last call was interrupted: reset() it")
-
-
-def _aligned(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A copy where TVM takes it."""
-    copy = aligned_zeros(array.shape, dtype)
-    copy[...] = array
-    return copy

@@ -63,7 +63,7 @@ def _shard(file: str, specs: Sequence[WeightSpec]) -> Shard:
     text += b" " * (_padded(8 + len(text)) - 8 - len(text))
     header = struct.pack("<Q", len(text)) + text
     weights = tuple(
-        StoredWeight(spec.name, spec.dtype, tuple(spec.shape), file, len(header) + start)
+        StoredWeight(spec.name, spec.dtype, tuple(spec.shape), file, len(header) + start, on_host=spec.on_host)
         for spec, start in zip(specs, starts, strict=True)
     )
     return Shard(file, header, weights)

@@ -143,7 +143,9 @@ class ArtifactWriter:
                 with _output_errors(self._folder):
                     self._resume(resume_key, checked)
         else:
-            self._weights = tuple(StoredWeight(s.name, s.dtype, tuple(s.shape), None, 0) for s in specs)
+            self._weights = tuple(
+                StoredWeight(s.name, s.dtype, tuple(s.shape), None, 0, on_host=s.on_host) for s in specs
+            )
             self._written = len(self._weights)
 
     def rows_written(self, name: str) -> int | None:

@@ -73,3 +73,11 @@ class StorageChecks(Protocol):
 
     def check_storage(self, storage: Storage) -> None:
         """UnsupportedError where its kernels read no weights stored so."""
+
+
+@runtime_checkable
+class HostTables(Protocol):
+    """A target with memory of its own, whose kernels also read some weights in the host's."""
+
+    def on_host(self, weight: WeightSpec) -> bool:
+        """Whether a weight stays in host memory."""

@@ -40,7 +40,7 @@ from v4c.runtime.library import choose_threads
 from v4c.runtime.shards import plan_shards
 from v4c.runtime.writer import SHARD_BYTES, ArtifactWriter
 from v4c.stored_formats import stored_formats
-from v4c.targets.base import Simulated, StorageChecks, Target
+from v4c.targets.base import HostTables, Simulated, StorageChecks, Target
 from v4c.weight_packing import pack_weights, peak_bytes, resume_key
 
 if TYPE_CHECKING:
@@ -201,9 +201,8 @@ def lower(
 
 
 def has_mtp(source: Any, device: Target) -> bool:
-    """Whether the artifact can guess tokens ahead: the checkpoint holds the MTP layer whole, the device is a CPU."""
-    on_cpu = not isinstance(device, Simulated) and not device.name.startswith("cuda")
-    return bool(getattr(source, "mtp_specs", None)) and on_cpu
+    """Whether the artifact can guess tokens ahead: the checkpoint holds the MTP layer whole, the device is real."""
+    return bool(getattr(source, "mtp_specs", None)) and not isinstance(device, Simulated)
 
 
 def mtp_graph(source: Any, options: PassOptions, storage: Storage, progress: Progress | None) -> ir.Model:
@@ -296,7 +295,11 @@ def _mark_stored(model: ir.Model, source: Any, storage: Storage) -> None:
 def _packed(device: Target, weights: list[WeightSpec]) -> list[artifact.WeightSpec]:
     """The weights as the artifact stores them."""
     specs = [device.kernels.packed(w) for w in weights]
-    return [artifact.WeightSpec(w.name, s.dtype, tuple(s.shape)) for w, s in zip(weights, specs, strict=True)]
+    on_host = [isinstance(device, HostTables) and device.on_host(w) for w in weights]
+    return [
+        artifact.WeightSpec(w.name, s.dtype, tuple(s.shape), on_host=host)
+        for w, s, host in zip(weights, specs, on_host, strict=True)
+    ]
 
 
 def _manifest(

@@ -228,6 +228,7 @@ def _artifact(folder: Path) -> dict[str, Any]:
         "tensors": len(manifest.weights),
         "bytes": sum(weights.values()),
         "bytes_by_dtype": dict(weights),
+        "host_tables": {weight.name: weight.nbytes for weight in manifest.weights if weight.on_host},
         "tokenizer": manifest.tokenizer is not None,
         "mtp": manifest.mtp is not None,
         **_plan(folder, manifest),

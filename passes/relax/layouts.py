@@ -22,6 +22,7 @@ class Layout(StrEnum):
 
     PLAIN = "plain"  # any shape, float32 or int64
     TABLE = "table"  # rows are gathered
+    ENGRAM_TABLE = "engram_table"  # rows are gathered by EngramLookup alone, at addresses known from the tokens
     ROWS = "rows"  # [N, K] as it is: rows are gathered, and y = x @ w.T
     LINEAR = "linear"  # [N, K], y = x @ w.T
     LINEAR_KN = "linear_kn"  # [K, N], y = x @ w
@@ -37,7 +38,7 @@ PRODUCT_LAYOUTS = frozenset(
 )
 """Layouts that products read whole: what quantisation is for."""
 
-TABLE_LAYOUTS = frozenset((Layout.TABLE, Layout.ROWS))
+TABLE_LAYOUTS = frozenset((Layout.TABLE, Layout.ENGRAM_TABLE, Layout.ROWS))
 """Layouts whose rows are read one by one."""
 
 
@@ -173,13 +174,15 @@ def layout_of(value: str, consumers: Consumers, functions: Callees) -> tuple[Lay
     found = {_one(node, index, consumers, functions) for node, index in consumers.get(value, [])}
     if found == {(Layout.TABLE, 1), (Layout.LINEAR, 1)}:  # tied embeddings
         return Layout.ROWS, 1
+    if found == {(Layout.TABLE, 1), (Layout.ENGRAM_TABLE, 1)}:
+        return Layout.TABLE, 1
     return found.pop() if len(found) == 1 else (Layout.PLAIN, 1)
 
 
 _BY_INPUT: dict[tuple[str, str], dict[int, Layout]] = {
     ("", "MatMul"): {1: Layout.LINEAR_KN},
     ("", "Gather"): {0: Layout.TABLE},
-    (DOMAIN, "EngramLookup"): {0: Layout.TABLE},
+    (DOMAIN, "EngramLookup"): {0: Layout.ENGRAM_TABLE},
     (DOMAIN, "EngramHash"): {1: Layout.TABLE},
     (DOMAIN, "HashRoute"): {2: Layout.TABLE},
     (DOMAIN, "EngramGateConv"): {6: Layout.CONVOLUTION},

@@ -20,6 +20,7 @@ from .toolchain import FLAGS, device_source, first_kernel_on, with_device_functi
 
 TENSOR_CORE = 0x23C  # HMMA: half-precision matrix multiply and add
 MATRIX_LOAD = 0x83B  # LDSM: fragments out of shared memory
+GLOBAL_LOAD, GLOBAL_STORE = 0x981, 0x986  # LDG, STG
 ASYNC_COPY = 0xFAE  # LDGSTS: device memory into shared memory past the registers
 
 _INSTRUCTION_BYTES = 16
@@ -47,17 +48,22 @@ def compile_cubin(compiler: str | None, source: str, architecture: Architecture)
 
 def opcodes(cubin: bytes) -> dict[str, Counter[int]]:
     """How often each opcode stands in each kernel of a 64-bit little-endian cubin."""
+    return {name: Counter(found) for name, found in instructions(cubin).items()}
+
+
+def instructions(cubin: bytes) -> dict[str, list[int]]:
+    """The opcodes of each kernel of a 64-bit little-endian cubin, in their order."""
     if cubin[:6] != b"\x7fELF\x02\x01":
         raise Error("cubin: expected a 64-bit ELF file, found something else")
     (table,) = struct.unpack_from("<Q", cubin, 40)
     size, count, names = struct.unpack_from("<HHH", cubin, 58)
     sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
     start_of_names = sections[names][4]
-    found: dict[str, Counter[int]] = {}
+    found: dict[str, list[int]] = {}
     for name_at, _, _, _, start, length in sections:
         begin = start_of_names + name_at
         name = cubin[begin : cubin.index(b"\0", begin)].decode()
         if name.startswith(".text."):
             words = (cubin[i : i + 2] for i in range(start, start + length, _INSTRUCTION_BYTES))
-            found[name.removeprefix(".text.")] = Counter(int.from_bytes(w, "little") & 0xFFF for w in words)
+            found[name.removeprefix(".text.")] = [int.from_bytes(w, "little") & 0xFFF for w in words]
     return found

@@ -13,7 +13,7 @@ import numpy as np
 from v4c.errors import UnsupportedError
 from v4c.passes.pipeline import PassOptions, relax_pipeline
 from v4c.passes.relax.kernel_table import kernel_table
-from v4c.passes.relax.layouts import Storage, WeightSpec
+from v4c.passes.relax.layouts import Layout, Storage, WeightSpec
 from v4c.runtime import cuda_library
 
 from ..tuning_database import TuningDatabase
@@ -80,6 +80,9 @@ class CUDATarget:
                 f"weights: expected {', '.join(WEIGHTS)} or native for target cuda, found {storage.products}"
             )
 
+    def on_host(self, weight: WeightSpec) -> bool:
+        return weight.layout == Layout.ENGRAM_TABLE
+
     def pack(self, weight: WeightSpec, array: np.ndarray) -> np.ndarray:
         return packing.pack(weight, array)
 
@@ -101,10 +104,11 @@ class CUDATarget:
 
         from .loops import schedule_loops
         from .scratch import provide_scratch
+        from .side_stream import run_beside
 
         target = self.tvm_target()
         compiler = self.compiler or (lambda source: toolchain.compile_source(source, self.architecture))
-        lowered = relax_pipeline(target, options)(provide_scratch(module))
+        lowered = relax_pipeline(target, options, run_beside)(provide_scratch(module))
         kernels = _kernels(lowered)
         schedule_loops(lowered)
         for name, function in limits().items():

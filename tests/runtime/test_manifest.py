@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import string
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,11 +63,25 @@ def test_round_trip(data: st.DataObject) -> None:
     )
     specs = [WeightSpec(name, data.draw(dtypes), tuple(data.draw(st.lists(SIZES, max_size=3)))) for name in names]
     files = {"m.so": StoredFile(data.draw(SIZES), "a" * 64), "w": StoredFile(1 << 70, "b" * 64)}
-    weights = tuple(StoredWeight(s.name, s.dtype, s.shape, "w", 64 * data.draw(SIZES)) for s in specs)
+    weights = tuple(
+        StoredWeight(s.name, s.dtype, s.shape, "w", 64 * data.draw(SIZES), on_host=data.draw(st.booleans()))
+        for s in specs
+    )
     manifest = fake_model.manifest(
         caches=caches, weights=weights, library="m.so", files=files, build={"quant": "int8", "é": [1, None]}
     )
     assert Manifest.from_json(manifest.to_json(), "M") == manifest
+
+
+def test_only_weights_in_host_memory_have_a_key_for_it() -> None:
+    """So manifests without such weights are what they were before there were any, and old ones are read."""
+    plain = complete()
+    assert "memory" not in json.loads(plain.to_json())["weights"][0]
+    held = replace(plain, weights=(replace(plain.weights[0], on_host=True),))
+    document = json.loads(held.to_json())
+    assert document["weights"][0]["memory"] == "host"
+    del document["weights"][0]["memory"]
+    assert Manifest.from_json(signed(document), "M") == plain
 
 
 def test_cache_sizes_follow_batch_and_context() -> None:
@@ -143,6 +158,7 @@ def test_every_missing_key_is_named() -> None:
         (("files", "a"), {"size": 1, "sha256": "0" * 63}, "files: a: sha256: expected 64 hexadecimal digits"),
         (("entry_points", "decode", "parameters"), ["weights"], "entry_points: decode: parameters: expected"),
         (("entry_points", "verify"), {}, "entry_points: unknown key 'verify'"),
+        (("weights", 0, "memory"), "gpu", "weights[0]: memory: expected 'host' or no such key, found 'gpu'"),
     ],
 )
 def test_wrong_values_are_named(path: tuple[Any, ...], value: Any, message: str) -> None:

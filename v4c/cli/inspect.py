@@ -120,6 +120,7 @@ def _artifact(description: dict[str, Any]) -> None:
     _bytes("files", _by_kind(description["files"]))
     _tensors("caches", description["caches"])
     _bytes(f"{description['tensors']} weights", description["bytes_by_dtype"])
+    _bytes("of these in host memory", description["host_tables"])
     if "plan" in description:
         _plan(description["plan"])
 

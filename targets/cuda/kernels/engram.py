@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..launch import CTYPES, Buffer, Launch, device_call, prim_func
+from v4c.runtime.dtypes import DTYPES
+
+from ..launch import CTYPES, Buffer, Launch, ceil_div, device_call, prim_func
+
+_IN_FLIGHT = 4
+"""Pieces of rows that a thread asks for at once: 8 KiB a block, and more than PCIe holds with some ten blocks."""
 
 
 def engram_hash(max_ngram: int, addresses: int, pad_id: int) -> Any:
@@ -37,14 +42,23 @@ def engram_hash(max_ngram: int, addresses: int, pad_id: int) -> Any:
 
 
 def engram_lookup(addresses: int, width: int, dtype: str) -> Any:
-    """Rows of the table, side by side: table ``[R, width]`` of `dtype`, addresses ``[B, S, T]`` int64, out float32."""
+    """Rows of the table, side by side: table ``[R, width]`` of `dtype`, addresses ``[B, S, T]`` int64, out float32.
+
+    The table lies in host memory (`v4c.runtime.host_memory`), which the GPU reads over PCIe.
+    """
     buffers: dict[str, Buffer] = {
         "table": (("r", width), dtype),
         "addresses": (("b", "s", addresses), "int64"),
         "out": (("b", "s", addresses * width), "float32"),
     }
-    call = device_call("engram_lookup", CTYPES[dtype], addresses, width)
-    return prim_func("engram_lookup", buffers, [Launch(call, ("table", "addresses", "out"), ("b * s",), 128)])
+    per_lane = 16 // DTYPES[dtype].storage.itemsize
+    lanes = width // per_lane if width % per_lane == 0 else width
+    rows = f"b * s * {addresses}"
+    launch = Launch(
+        device_call("engram_lookup", CTYPES[dtype], width, _IN_FLIGHT), ("table", "addresses", rows, "out"),
+        (ceil_div(f"{rows} * {lanes}", 128 * _IN_FLIGHT),), 128,
+    )  # fmt: skip
+    return prim_func("engram_lookup", buffers, [launch])
 
 
 def engram_gate_conv(m: int, d: int, taps: int, dilation: int, eps: float) -> Any:

@@ -1,8 +1,8 @@
 // A CUDA driver whose device is this processor: what TVM's CUDA runtime and v4c's call of libcuda, and the scheduler.
 //
 // A block's threads are fibers that run by turns up to their next barrier. Device memory is host memory that starts as
-// NaN and ends at a page that may not be touched. While a stream is being captured, launches and copies are recorded and
-// memory cannot be taken, as on a device.
+// NaN and ends at a page that may not be touched, and so is page-locked memory. While a stream is being captured,
+// launches and copies are recorded and memory cannot be taken, as on a device.
 #include <dlfcn.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -14,6 +14,8 @@
 #include <map>
 #include <string>
 #include <vector>
+
+#include "streams.h"
 
 struct SimIndex { unsigned x, y, z; };
 struct SimKernel { void (*call)(void**); int arguments; };
@@ -70,7 +72,6 @@ unsigned current, threads, steps_without_progress;
 void* scheduler_pointer;
 void (*body)(void**);
 void** body_arguments;
-bool backwards = std::getenv("V4C_SIM_BACKWARDS") != nullptr;
 
 void die(const char* what) {
   std::fprintf(stderr, "simulated GPU: %s (block %u %u %u, thread %u)\n", what, sim_block.x, sim_block.y, sim_block.z,
@@ -169,9 +170,6 @@ struct Launch {
 };
 
 std::map<void*, std::pair<void*, std::size_t>> allocations;
-void* captured_stream;
-bool capturing;
-std::vector<std::function<void()>>* recorded;
 
 }  // namespace
 
@@ -191,9 +189,9 @@ void sim_wait(int left) {
   while (groups.size() > static_cast<std::size_t>(left)) finish(groups.front()), groups.erase(groups.begin());
 }
 
-// Shared by the two libraries: memory, copies and graphs.
+// Shared by the two libraries: memory, copies, streams, events and graphs. An int that they return is a cudaError_t.
 void* sim_allocate(std::size_t size) {
-  if (capturing) return nullptr;
+  if (capture.graph) return nullptr;
   const std::size_t page = 4096, whole = (size + 255) / 256 * 256, mapped = (whole + page - 1) / page * page + page;
   auto* start = static_cast<char*>(mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   if (start == MAP_FAILED) return nullptr;
@@ -204,29 +202,72 @@ void* sim_allocate(std::size_t size) {
   return memory;
 }
 int sim_release(void* memory) {
+  timeline.run_all();
   auto found = allocations.find(memory);
   if (found == allocations.end()) return 1;
   munmap(found->second.first, found->second.second);
   allocations.erase(found);
   return 0;
 }
-void sim_submit(void* stream, std::function<void()>* work) {
-  if (capturing && stream == captured_stream) recorded->push_back(*work);
-  else (*work)();
-  delete work;
+void sim_submit(void* stream, Work work) { given_to(stream).add(stream, {std::move(work), {}}); }
+void sim_memcpy(void* stream, void* to, const void* from, std::size_t size, bool within_device) {
+  if (within_device || recording(stream)) return sim_submit(stream, [=] { std::memmove(to, from, size); });
+  timeline.run(timeline.now(stream));  // pageable memory of the host is read or written before the call returns
+  std::memmove(to, from, size);
 }
-void sim_memcpy(void* stream, void* to, const void* from, std::size_t size) {
-  sim_submit(stream, new std::function<void()>([=] { std::memmove(to, from, size); }));
-}
-int sim_begin_capture(void* stream) {
-  if (capturing || stream == nullptr) return 1;  // the default stream cannot be captured
-  capturing = true, captured_stream = stream, recorded = new std::vector<std::function<void()>>();
+int sim_synchronize(void* stream) {
+  if (recording(stream)) return 900;
+  timeline.run(timeline.now(stream));
   return 0;
 }
-void* sim_end_capture() { capturing = false; return recorded; }
-void* sim_copy_graph(void* graph) { return new std::vector<std::function<void()>>(*static_cast<std::vector<std::function<void()>>*>(graph)); }
-void sim_free_graph(void* graph) { delete static_cast<std::vector<std::function<void()>>*>(graph); }
-void sim_launch_graph(void* graph) { for (auto& work : *static_cast<std::vector<std::function<void()>>*>(graph)) work(); }
+void* sim_new_event() { return new Event; }
+void sim_free_event(void* event) { delete static_cast<Event*>(event); }
+int sim_mark(void* event, void* stream) {
+  *static_cast<Event*>(event) = {recording(stream) ? capture.number : 0, true, given_to(stream).now(stream)};
+  return 0;
+}
+int sim_wait_event(void* stream, void* handle) {
+  const Event& event = *static_cast<Event*>(handle);
+  if (!event.marked) return 0;
+  if (event.capture == 0) {
+    if (recording(stream)) return 905;  // work outside of the graph
+    timeline.add(stream, {nullptr, event.point});
+    return 0;
+  }
+  if (!capture.graph || event.capture != capture.number) return 907;  // of a recording that has ended
+  capture.streams.insert(stream);
+  capture.graph->timeline.add(stream, {nullptr, event.point});
+  return 0;
+}
+int sim_synchronize_event(void* handle) {
+  const Event& event = *static_cast<Event*>(handle);
+  if (event.capture != 0) return 907;
+  timeline.run(event.point);
+  return 0;
+}
+int sim_begin_capture(void* stream) {
+  if (capture.graph || stream == nullptr) return 900;  // the default stream cannot be captured
+  capture = {std::make_unique<Graph>(Graph{{}, stream}), {stream}, capture.number + 1};
+  return 0;
+}
+int sim_end_capture(void* stream, void** graph) {
+  *graph = nullptr;
+  if (!recording(stream)) return 900;
+  std::unique_ptr<Graph> recorded = std::move(capture.graph);
+  if (recorded->origin != stream) return 903;
+  if (!recorded->timeline.joined(stream)) return 904;
+  *graph = new std::shared_ptr<Graph>(std::move(recorded));
+  return 0;
+}
+void* sim_copy_graph(void* graph) { return new std::shared_ptr<Graph>(*static_cast<std::shared_ptr<Graph>*>(graph)); }
+void sim_free_graph(void* graph) { delete static_cast<std::shared_ptr<Graph>*>(graph); }
+void sim_launch_graph(void* handle, void* stream) {
+  std::shared_ptr<Graph> graph = *static_cast<std::shared_ptr<Graph>*>(handle);
+  sim_submit(stream, [graph] {
+    Timeline once = graph->timeline;
+    once.run(once.now(graph->origin));
+  });
+}
 int sim_devices() { const char* count = std::getenv("V4C_SIM_DEVICES"); return count ? std::atoi(count) : 1; }
 int sim_attribute(int attribute) {
   const char* text = std::getenv("V4C_SIM_CAPABILITY");
@@ -287,7 +328,7 @@ int cuLaunchKernelEx(const CUlaunchConfig* config, void* function, void** argume
     std::memcpy(&value, arguments[i], 8);
     launch.values.push_back(value);
   }
-  sim_submit(config->stream, new std::function<void()>(launch));
+  sim_submit(config->stream, launch);
   return 0;
 }
 }

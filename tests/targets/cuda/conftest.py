@@ -1,10 +1,19 @@
-"""Where kernel tests run: on the simulated GPU, or with ``pytest -m gpu`` on a real one - the same tests."""
+"""Where kernel tests run: on the simulated GPU, or with ``pytest -m gpu`` on a real one - the same tests. A model with
+Engram and an MTP layer for the simulated one."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+
+from tests.targets.cuda.simulated import verified
+from v4c.frontend.config import ModelConfig
+from v4c.frontend.initialise import initialise
+from v4c.frontend.presets import with_engram
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -15,3 +24,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.path.name.startswith("test_kernel_") and item.path.parent.name == "cuda":
             item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(scope="session")
+def engram_checkpoint(tiny_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Engram on the second and third layer, with tables of rows of 8 numbers."""
+    folder = tmp_path_factory.mktemp("engram") / "checkpoint"
+    config = with_engram(tiny_config, heads_per_ngram=2, embed_dim=8)
+    initialise(replace(config, num_nextn_predict_layers=1), folder, seed=5)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def engram_artifact(engram_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`engram_checkpoint` in float32 for the simulated GPU, by its command; workers of one run share it."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    path = shared / "engram.v4c"
+    with (shared / "engram.v4c.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            verified(engram_checkpoint, path)
+    return path

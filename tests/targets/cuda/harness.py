@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 
 from v4c.runtime.dtypes import DTYPES
+from v4c.runtime.host_memory import HostTable
 from v4c.runtime.tensors import aligned_zeros, tensor_over
 
 
@@ -74,8 +77,11 @@ def run(
     arguments: Sequence[Any],
     inputs: Sequence[Any],
     outputs: Sequence[tuple[tuple[int, ...], str]],
+    on_host: Collection[int] = (),
 ) -> Result:
     """Build the kernel, and call it with copies of `inputs`, fresh `outputs` and the memory it needs.
+
+    `on_host` are the places of inputs that stay in host memory.
 
     Raises:
         AssertionError: part of an output was left unwritten.
@@ -94,7 +100,9 @@ def run(
     ]
     made = [_poisoned(shape, dtype) for shape, dtype in (*outputs, *own)]
     device = tvm.cuda(0)
-    tensors = [_on_device(a, device) for a in (*arrays, *made)]
+    tensors = [
+        _in_host_memory(a) if place in on_host else _on_device(a, device) for place, a in enumerate((*arrays, *made))
+    ]
     kernel["main"](*tensors)
     device.sync()
     found = [_from_device(t) for t in tensors]
@@ -133,6 +141,13 @@ def _on_device(array: np.ndarray, device: Any) -> Any:
     else:
         tensor.copyfrom(host)
     return tensor
+
+
+def _in_host_memory(array: np.ndarray) -> Any:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"before" + array.tobytes())
+        file.flush()
+        return HostTable("table", Path(file.name), len("before")).load(array.shape, str(array.dtype))
 
 
 def _from_device(tensor: Any) -> np.ndarray:

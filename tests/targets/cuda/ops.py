@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,16 @@ KERNELS = CUDAKernels(scheduler("sm_90a"))
 
 
 def results(
-    name: str, inputs: Mapping[str, Any], schedule: Any = None, **attributes: int | float
-) -> tuple[dict[str, np.ndarray], dict[str, torch.Tensor]]:
+    name: str, inputs: Mapping[str, Any], schedule: Any = None, on_host: Collection[str] = (),
+    **attributes: int | float,
+) -> tuple[dict[str, np.ndarray], dict[str, torch.Tensor]]:  # fmt: skip
     """Outputs by name, of the kernel and of the reference.
 
     Args:
         name: the op's ONNX name.
         inputs: arrays or tensors by the op's names of them; floats may be NaN where they must not be read.
         schedule: in place of the default one.
+        on_host: names of inputs that stay in host memory.
         attributes: of the op.
     """
     op = OPS[name]
@@ -34,7 +36,8 @@ def results(
     arguments = kernel.arguments if schedule is None else (*kernel.arguments[:-1], schedule)
     shapes = list(zip(op.outputs, op.shape_rule(specs, attributes), strict=True))
     fresh = [(tuple(s.shape), s.dtype) for n, s in shapes if n not in op.writes]
-    called = run(kernel.factory, arguments, [t.clone() for t in tensors], fresh)
+    places = [op.inputs.index(n) for n in on_host]
+    called = run(kernel.factory, arguments, [t.clone() for t in tensors], fresh, places)
     made, found = iter(called.outputs), {}
     for output in op.outputs:
         written = op.writes.get(output)
@@ -51,10 +54,11 @@ def check(
     bound: float,
     schedule: Any = None,
     live: Any = None,
+    on_host: Collection[str] = (),
     **attributes: int | float,
 ) -> None:
     """Assert that both agree to `bound`, indices exactly; `live` is a mask of the tokens [B, S] that count."""
-    found, expected = results(name, inputs, schedule, **attributes)
+    found, expected = results(name, inputs, schedule, on_host, **attributes)
     op = OPS[name]
     for output, value in found.items():
         reference = expected[output].numpy()

@@ -175,7 +175,11 @@ def test_engram(plan: Plan, seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_engram_lookup(dtype: torch.dtype) -> None:
-    rng = torch.Generator().manual_seed(2)
-    table = normal(rng, 300, 6).to(dtype)
-    check("EngramLookup", {"table": table, "addresses": torch.randint(0, 300, (2, 3, 5), generator=rng)}, 0)
+@pytest.mark.parametrize(("width", "chunk"), [(1, 1), (6, 130), (8, 1), (40, 9), (64, 37)])
+def test_engram_lookup(dtype: torch.dtype, width: int, chunk: int) -> None:
+    """Rows that begin at multiples of 16 bytes and others, of part of a block and of several; the table on the host."""
+    rng = torch.Generator().manual_seed(width)
+    table = normal(rng, 300, width).to(dtype)
+    addresses = torch.randint(0, 300, (2, chunk, 5), generator=rng)
+    addresses[0, 0] = torch.tensor([0, 299, 299, 1, 0])
+    check("EngramLookup", {"table": table, "addresses": addresses}, 0, on_host=("table",))

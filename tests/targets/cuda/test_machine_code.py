@@ -12,7 +12,16 @@ from v4c.errors import Error
 from v4c.targets.cuda import architectures, nvrtc, toolchain
 from v4c.targets.cuda.device_module import machine_code
 from v4c.targets.cuda.kernels import attention, compress, engram, experts, index, mhc, products, routing, rows
-from v4c.targets.cuda.machine_code import ASYNC_COPY, MATRIX_LOAD, TENSOR_CORE, compile_cubin, opcodes
+from v4c.targets.cuda.machine_code import (
+    ASYNC_COPY,
+    GLOBAL_LOAD,
+    GLOBAL_STORE,
+    MATRIX_LOAD,
+    TENSOR_CORE,
+    compile_cubin,
+    instructions,
+    opcodes,
+)
 from v4c.targets.cuda.schedule import (
     AttentionSchedule,
     ExpertSchedule,
@@ -135,6 +144,19 @@ def test_every_kernel_compiles(architecture: str) -> None:
     for name in OTHERS:
         assert not any(v[TENSOR_CORE] for v in of(name, found).values()), f"{name}: float32 is not to be rounded"
     check_resources(taken)
+
+
+@pytest.mark.parametrize("architecture", list(architectures.ARCHITECTURES))
+def test_a_lookup_has_all_its_rows_on_their_way_at_once(architecture: str) -> None:
+    compiler = toolchain.nvcc()
+    assert compiler is not None
+    cubin, _ = compile_cubin(compiler, source("engram_lookup"), architectures.find(architecture))
+    (order,) = instructions(cubin).values()
+    loads = [i for i, opcode in enumerate(order) if opcode == GLOBAL_LOAD]
+    stores = [i for i, opcode in enumerate(order) if opcode == GLOBAL_STORE]
+    # Four addresses and four pieces of 16 bytes, each of which makes eight floats, two stores.
+    assert (len(loads), len(stores)) == (8, 8)
+    assert max(loads) < min(stores)
 
 
 def check_resources(taken: dict[str, Any]) -> None:

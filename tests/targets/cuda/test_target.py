@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from v4c.errors import UnsupportedError
-from v4c.runtime import cuda, cuda_library
+from v4c.compiler import _packed, graph, lower, storage_of
+from v4c.errors import InputError, UnsupportedError
+from v4c.frontend.config import ModelConfig
+from v4c.passes.pipeline import PassOptions
+from v4c.runtime import cuda, cuda_library, host_memory
 from v4c.targets import find
 from v4c.targets.cuda import toolchain
 
@@ -33,6 +36,33 @@ def test_narrow_caches_are_refused(kv: str, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert f"kv '{kv}': expected f32 for target cuda" in done.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_engram_tables_alone_stay_on_the_host(tiny_engram: ModelConfig) -> None:
+    storage = storage_of("bf16", "none")
+    for disabled in ((), ("hoist-token-work",)):
+        options = PassOptions.checked(disabled)
+        model, _ = graph(tiny_engram, options, storage, None)
+        device = find("cuda:sm_90a")
+        _, weights, _ = lower(model, device, storage, options)
+        on_host = [w.name for w in _packed(device, weights) if w.on_host]
+        assert on_host == [f"model.layers.{i}.engram.embedding.weight" for i in (1, 2)]
+        assert not any(w.on_host for w in _packed(find("cpu:generic"), weights))
+
+
+@pytest.mark.parametrize("free", [1, None])
+def test_a_table_that_does_not_fit_in_host_memory(
+    free: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(shape: tuple[int, ...], dtype: str) -> None:
+        raise RuntimeError("no\nmemory")
+
+    monkeypatch.setattr(host_memory, "free_memory", lambda: free)
+    monkeypatch.setattr(host_memory, "_page_locked", refuse)
+    with pytest.raises(InputError) as caught:
+        host_memory.HostTable("layers.1.table", tmp_path / "w", 64).load((3, 8), "bfloat16")
+    found = "no memory" if free is None else "1 free"
+    assert str(caught.value) == f"layers.1.table: expected 48 bytes of host memory for this table, found: {found}"
 
 
 @pytest.fixture(scope="module")

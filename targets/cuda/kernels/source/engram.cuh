@@ -39,13 +39,53 @@ V4C_DEVICE void engram_history(const int64_t* ids, const int64_t* lookup, const 
     history[batch * RING + (positions[batch] + j) % RING] = lookup[ids[token]];
 }
 
-// Grid (tokens), 128 threads.
-template <class W, int ADDRESSES, int WIDTH>
-V4C_DEVICE void engram_lookup(const W* table, const int64_t* addresses, float* out) {
-  const int64_t token = blockIdx.x;
-  for (int i = threadIdx.x; i < ADDRESSES * WIDTH; i += 128)
-    out[token * ADDRESSES * WIDTH + i] =
-        Format<W>::one(table + addresses[token * ADDRESSES + i / WIDTH] * WIDTH + i % WIDTH);
+// What a lane fetches of a row at once: 16 bytes, or one element where rows do not begin at multiples of 16 bytes.
+template <class W>
+struct Sixteen { using Bytes = uint4; };
+template <>
+struct Sixteen<float> { using Bytes = float4; };
+
+template <class W, bool WHOLE>
+struct Piece {
+  static constexpr int PER = Format<W>::PER;
+  typename Sixteen<W>::Bytes held;
+  V4C_DEVICE void store(float* out) const {
+    float values[PER];
+    Format<W>::load(reinterpret_cast<const W*>(&held), values);
+#pragma unroll
+    for (int i = 0; i < PER; i += 4)
+      *reinterpret_cast<float4*>(out + i) = make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]);
+  }
+};
+
+template <class W>
+struct Piece<W, false> {
+  static constexpr int PER = 1;
+  W held;
+  V4C_DEVICE void store(float* out) const { *out = Format<W>::one(&held); }
+};
+
+// Rows of the table, side by side; `rows` is how many. The table lies in host memory: a row comes over PCIe a
+// microsecond or two after it was asked for, so that the link is only busy with tens of kilobytes on their way. Every
+// thread asks for PIECES before it uses the first; neighbours ask for neighbouring ones, so that a request is a row.
+// Grid (pieces of all rows / (128 PIECES)), 128 threads.
+template <class W, int WIDTH, int PIECES>
+V4C_DEVICE void engram_lookup(const W* table, const int64_t* addresses, int64_t rows, float* out) {
+  using P = Piece<W, WIDTH % Format<W>::PER == 0>;
+  constexpr int PER_ROW = WIDTH / P::PER;
+  const int64_t first = blockIdx.x * static_cast<int64_t>(128 * PIECES) + threadIdx.x, all = rows * PER_ROW;
+  P pieces[PIECES];
+#pragma unroll
+  for (int i = 0; i < PIECES; ++i) {
+    const int64_t at = smaller(first + i * 128, all - 1);  // no branch, so that no load waits for the one before
+    pieces[i] = *reinterpret_cast<const P*>(table + addresses[at / PER_ROW] * WIDTH + at % PER_ROW * P::PER);
+  }
+  __syncthreads();  // or the compiler puts loads behind the first stores, which wait for the first piece
+#pragma unroll
+  for (int i = 0; i < PIECES; ++i) {
+    const int64_t at = first + i * 128;
+    if (at < all) pieces[i].store(out + at * P::PER);
+  }
 }
 
 // The gate of each token and stream, and factor of the norm before the convolution: gates [tokens, M, 2].
