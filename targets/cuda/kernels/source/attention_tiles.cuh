@@ -200,11 +200,12 @@ V4C_DEVICE uint4 read_rounded(const float* from, float scale) {
 template <class T, class Tile, int C, int KEYS>
 struct KeyLoader {
   static constexpr int CHUNKS = KEYS * (C / 8), TURNS = (CHUNKS + Tile::THREADS - 1) / Tile::THREADS;
+  static constexpr int AT_ONCE = sizeof(T) == 2 ? 4 : TURNS;  // more copies would take registers for their addresses
   float held[sizeof(T) == 2 ? 1 : TURNS][8];
 
   // `found`: where each key lies, null for none, which reads as zeros; `any` may be read.
   V4C_DEVICE void start(char* tile, const T* const* found, const T* any) {
-#pragma unroll
+#pragma unroll AT_ONCE
     for (int turn = 0; turn < TURNS; ++turn) {
       const int i = turn * Tile::THREADS + threadIdx.x, chunk = i % (C / 8);
       if (i >= CHUNKS) break;
