@@ -15,7 +15,8 @@ from v4c.targets.cuda.lowering import CUDAKernels
 from v4c.targets.cuda.scheduling import scheduler
 
 KERNELS = CUDAKernels(scheduler("sm_90a"))
-ROUNDED = KERNELS.storing(Storage("bfloat16", "bfloat16"))
+ROUNDED_STORAGE = Storage("bfloat16", "bfloat16")
+ROUNDED = KERNELS.storing(ROUNDED_STORAGE)
 """Those of a bfloat16 model."""
 
 

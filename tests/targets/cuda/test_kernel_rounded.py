@@ -6,17 +6,20 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.custom_ops.harness import plans
-from tests.targets.cuda.ops import KERNELS, ROUNDED, check, results
+from tests.targets.cuda.ops import KERNELS, ROUNDED, ROUNDED_STORAGE, check, results
 from v4c.custom_ops import OPS
+from v4c.passes.relax.importer import Importer
 from v4c.passes.relax.layouts import Storage
 from v4c.targets.cuda import architectures
 from v4c.targets.cuda.kernels.attention_tile import prompt_tile, split_tile
+from v4c.targets.cuda.lowering import CUDAKernels
 from v4c.targets.cuda.schedule import AttentionSchedule
 
 UNIT = 2.0**-8 + 2.0**-10
@@ -131,6 +134,29 @@ def test_published_width(tokens: int, heads: int, keys: int) -> None:
     check_rounded("CSA", given, 512**-0.5, True, AttentionSchedule(split_tokens=4, splits=8, tile_keys=keys))
 
 
+@pytest.mark.parametrize("kernels", [KERNELS, ROUNDED], ids=["float32", "rounded"])
+def test_few_tokens_are_those_read_alone(kernels: CUDAKernels) -> None:
+    rng, tokens = torch.Generator().manual_seed(3), 4
+    given = {
+        "q": normal(rng, 1, tokens, 20, 64), "kv": normal(rng, 1, tokens, 64), "rows": normal(rng, 1, 90, 64),
+        "window": normal(rng, 1, 40, 64), "sinks": normal(rng, 20), "inv_freq": frequencies(16),
+    }  # fmt: skip
+    schedule = AttentionSchedule(split_tokens=4, splits=8)
+
+    def read(chunk: slice, window: torch.Tensor) -> dict[str, np.ndarray]:
+        own = {n: given[n][:, chunk] for n in ("q", "kv")}
+        place = {"positions": torch.tensor([200 + chunk.start]), "lengths": torch.tensor([chunk.stop - chunk.start])}
+        inputs = given | own | place | {"window": window}
+        return results("DerotatedHCA", inputs, schedule, kernels, ratio=4, scale=0.1)[0]
+
+    together, window = read(slice(0, tokens), given["window"]), given["window"]
+    for j in range(tokens):
+        alone = read(slice(j, j + 1), window)
+        np.testing.assert_array_equal(alone["out"][0, 0], together["out"][0, j])
+        window = torch.from_numpy(alone["window"])
+    np.testing.assert_array_equal(window.numpy(), together["window"])
+
+
 @pytest.mark.parametrize("tokens", [2, 9])
 def test_other_widths_stay_in_float32(tokens: int) -> None:
     rng = torch.Generator().manual_seed(tokens)
@@ -164,6 +190,8 @@ def test_indexer(tokens: int, heads: int, width: int) -> None:
 def test_only_models_in_float32_are_computed_in_it() -> None:
     assert KERNELS.storing(Storage()).arithmetic == "float32"
     assert KERNELS.storing(Storage("float32", "bfloat16")).arithmetic == "bfloat16"
+    imported = Importer(ir.Model(ir.Graph([], [], nodes=[]), ir_version=11), KERNELS, frozenset(), ROUNDED_STORAGE)
+    assert imported.kernels.arithmetic == "bfloat16"  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("architecture", architectures.ARCHITECTURES.values(), ids=lambda a: a.name)

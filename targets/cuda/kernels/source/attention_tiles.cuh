@@ -21,7 +21,7 @@
 
 namespace v4c {
 
-// The tile of a block of 256 threads: M heads, KEYS keys at a time, in shared memory from `BYTES` on.
+// The tile of a block of 256 threads: M heads, KEYS keys at a time; BYTES of shared memory in all.
 template <int M, int C, int KEYS>
 struct HeadTile {
   static constexpr int WARPS = 8, THREADS = 256, MI = M / 16, STEPS = C / 16;
