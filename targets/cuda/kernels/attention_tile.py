@@ -8,7 +8,7 @@ from ..schedule import TILE_MEMORY
 
 THREADS = 256
 _WARPS = THREADS // 32
-_MOST_WIDTH = 1024  # whose sums and waiting keys fit into registers at 16 heads
+_MOST_WIDTH = 1024  # beyond 768, sums and waiting keys of 16 heads already spill a little
 _MOST_RUNS = 16  # of 16 heads by 16 dims whose sums a warp holds: 128 registers a thread
 
 
