@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from v4c.frontend.initialise_native import initialise_native
 from v4c.frontend.presets import preset
 from v4c.passes.relax.kernels import Kernel
 from v4c.runtime import cuda_library
+from v4c.targets.cuda.architectures import Architecture
 from v4c.targets.cuda.kernels import attention, experts, index, mhc, products
 from v4c.targets.cuda.measure import Bench
 from v4c.targets.cuda.schedule import AttentionSchedule, ExpertSchedule, IndexSchedule, MHCSchedule, ProductSchedule
@@ -46,12 +48,12 @@ class Case:
     torch: Callable[[], Callable[[], Any]] | None = None
 
 
-def cases(size: str, context: int) -> list[Case]:
-    """Kernels of a known size, decoding one token and reading 512, with `context` tokens behind them."""
+def cases(size: str, context: int, architecture: Architecture) -> list[Case]:
+    """Kernels of a known size in bfloat16, decoding one token and reading 512, with `context` tokens behind them."""
     c = preset(size)
     d, f, heads, width, top_k = c.hidden_size, c.moe_intermediate_size, c.num_attention_heads, c.head_dim, c.index_topk
     rows = context // 4
-    product, attend = ProductSchedule(), AttentionSchedule()
+    product, attend = ProductSchedule(), AttentionSchedule.suited(architecture.shared_bytes)
     found = []
     for n, k in ((c.q_lora_rank, d), (heads * width, c.q_lora_rank), (d, d)):
         for dtype in ("bfloat16", "fp8"):
@@ -74,24 +76,28 @@ def cases(size: str, context: int) -> list[Case]:
                 GOALS["decode"] if tokens == 1 else "",
             ))  # fmt: skip
     for name, top, n, ratio in (("CSA", top_k, rows, 4), ("HCA", -1, context // 128, 128)):
+        own = (width**-0.5, 64, "bfloat16", attend)
         if top > 0:
-            kernel = Kernel(attention.compressed_sparse_attention, (heads, width, 128, top, width**-0.5, 64, attend))
+            kernel = Kernel(attention.compressed_sparse_attention, (heads, width, 128, top, *own))
         else:
-            kernel = Kernel(attention.heavily_compressed_attention, (heads, width, 128, ratio, width**-0.5, 64, attend))
+            kernel = Kernel(attention.heavily_compressed_attention, (heads, width, 128, ratio, *own))
         for tokens in (1, 512):
             keys = 128 + (min(top, n) if top > 0 else n)
             work = 4 * tokens * heads * keys * width
-            peer = (lambda keys=keys, n=n: _torch_attention(heads, width, keys, n)) if top > 0 and tokens == 1 else None
+            peer = partial(_torch_attention, tokens, heads, width, keys, n) if top > 0 else None
             found.append(Case(
                 f"{name} attention, {tokens} tokens, {context} behind", kernel,
                 {"b": 1, "s": tokens, "n": n, "ratio": ratio}, 4 * (keys + 2 * tokens * heads) * width, work,
-                GOALS["csa"] if peer else "", peer,
+                GOALS["csa"] if peer and tokens == 1 else "", peer,
             ))  # fmt: skip
-    found.append(Case(
-        f"indexer, 1 token, {context} behind",
-        Kernel(index.lightning_index, (c.index_n_heads, c.index_head_dim, 4, top_k, 64, IndexSchedule())),
-        {"b": 1, "s": 1, "n": rows}, 4 * rows * c.index_head_dim, 2 * rows * c.index_n_heads * c.index_head_dim,
-    ))  # fmt: skip
+    indexer = Kernel(
+        index.lightning_index, (c.index_n_heads, c.index_head_dim, 4, top_k, 64, "bfloat16", IndexSchedule())
+    )
+    for tokens in (1, 512):
+        found.append(Case(
+            f"indexer, {tokens} tokens, {context} behind", indexer, {"b": 1, "s": tokens, "n": rows},
+            4 * rows * c.index_head_dim, 2 * tokens * rows * c.index_n_heads * c.index_head_dim,
+        ))  # fmt: skip
     step = Kernel(mhc.mhc_post_pre_norm, (4, d, 20, 1e-6, 1e-6, 1e-6, MHCSchedule()))
     for tokens in (1, 512):
         moved = 4 * (24 * 4 * d + tokens * 10 * d)
@@ -106,15 +112,23 @@ def _torch() -> Any:
     return torch if torch.cuda.is_available() else None
 
 
-def _torch_attention(heads: int, width: int, keys: int, rows: int) -> Callable[[], Any]:
-    """Gather of the chosen rows, then scaled dot product attention over all keys."""
+def _torch_attention(tokens: int, heads: int, width: int, keys: int, rows: int) -> Callable[[], Any]:
+    """Gather of each token's rows, then scaled dot product attention, the heads as queries of one key head.
+
+    One token is read in float32, as the caches are; a prompt in bfloat16.
+    """
     torch = _torch()
-    q = torch.randn(1, heads, 1, width, device="cuda")
-    window, held = torch.randn(128, width, device="cuda"), torch.randn(rows, width, device="cuda")
-    chosen = torch.randperm(rows, device="cuda")[: keys - 128]
+    dtype = torch.float32 if tokens == 1 else torch.bfloat16
+
+    def normal(*shape: int) -> Any:
+        return torch.randn(*shape, width, device="cuda", dtype=dtype)
+
+    q, near, held = normal(tokens, 1, heads), normal(tokens + 127), normal(rows)
+    seen = torch.arange(tokens, device="cuda")[:, None] + torch.arange(128, device="cuda")
+    chosen = torch.rand(tokens, rows, device="cuda").argsort(-1)[:, : keys - 128]
 
     def call() -> Any:
-        every = torch.cat([window, held[chosen]])[None, None].expand(1, heads, -1, -1)
+        every = torch.cat([near[seen], held[chosen]], 1)[:, None]
         return torch.nn.functional.scaled_dot_product_attention(q, every, every)
 
     return call
@@ -180,7 +194,8 @@ def model_rows(name: str, architecture: str, bandwidth: float | None, rate: floa
 def main(size: str, context: int, only: str, models: tuple[str, ...], no_models: bool) -> None:
     try:
         device = cuda_library.find_device()
-        bench = Bench(CUDATarget.parse("").architecture)
+        architecture = CUDATarget.parse("").architecture
+        bench = Bench(architecture)
     except Error as error:
         raise click.ClickException(str(error)) from None
     from rich.console import Console
@@ -190,7 +205,7 @@ def main(size: str, context: int, only: str, models: tuple[str, ...], no_models:
     table = Table(title=f"{size}, {device.name}, {device.processors} processors")
     for heading in ("kernel", "us", "GB/s", "of copy", "TFLOP/s", "of bf16", "torch us", "times", "goal"):
         table.add_column(heading)
-    for case in cases(size, context):
+    for case in cases(size, context, architecture):
         if only not in case.name:
             continue
         ms = bench.milliseconds(bench.calls(case.kernel, case.sizes))

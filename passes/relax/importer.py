@@ -20,7 +20,7 @@ from v4c.errors import UnsupportedError
 from v4c.passes.cost import INPUTS_ATTRIBUTE, OP_ATTRIBUTE
 from v4c.passes.onnx.hoisting import stored_in_checkpoint
 
-from .kernels import Kernel, Kernels
+from .kernels import FollowsStorage, Kernel, Kernels
 from .layouts import Callee, Layout, Storage, WeightSpec, layout_of, merged_name, native_storage, uses
 from .merges import Merges, find_merges, origin
 from .operators import CONVERTERS
@@ -83,6 +83,10 @@ class Importer:
     _callees: dict[tuple[str, str], Callee] = field(default_factory=dict)
     _merges: Merges = field(default_factory=Merges)
     _updated: dict[Any, Any] = field(default_factory=dict)  # state after an op to the variable whose memory it is
+
+    def __post_init__(self) -> None:
+        if isinstance(self.kernels, FollowsStorage):
+            self.kernels = self.kernels.storing(self.storage)
 
     def beside(self, model: ir.Model, weight_names: frozenset[str]) -> Importer:
         """An importer of another model into the same module, with the same settings; it shares the kernels."""

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from v4c.custom_ops import CustomOp, TensorSpec
 
-from .layouts import WeightSpec
+from .layouts import Storage, WeightSpec
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,14 @@ class Kernels(Protocol):
 
     def packed(self, weight: WeightSpec) -> TensorSpec:
         """Shape and dtype a weight has in memory."""
+
+
+@runtime_checkable
+class FollowsStorage(Protocol):
+    """Kernels of a target whose arithmetic depends on what weights are stored as, beyond the kernels that read them."""
+
+    def storing(self, storage: Storage) -> Kernels:
+        """The kernels for a model stored so; they share whatever account these keep."""
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ from typing import Any
 from v4c.custom_ops import CustomOp, TensorSpec
 from v4c.errors import UnsupportedError
 from v4c.passes.relax.kernels import Kernel
-from v4c.passes.relax.layouts import WeightSpec
+from v4c.passes.relax.layouts import Storage, WeightSpec
 
 from ..op_sizes import SIZES, Attributes
 from ..scheduler import Scheduler
@@ -54,11 +54,28 @@ _FACTORIES: dict[str, Callable[..., Any]] = {
 }
 
 
-class CUDAKernels:
-    """CUDA kernels for the importer; `scheduler` chooses how each cuts its work."""
+_BETWEEN_ACTIVATIONS = frozenset((
+    "CompressedSparseAttention", "DerotatedCSA", "HeavilyCompressedAttention", "DerotatedHCA",
+    "SlidingWindowAttention", "DerotatedSlidingAttention", "LightningIndex", "RotaryLightningIndex",
+))  # fmt: skip
+"""Operators that multiply activations with each other: their kernels are told in which dtype."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self.scheduler = scheduler
+
+class CUDAKernels:
+    """CUDA kernels for the importer.
+
+    Args:
+        scheduler: chooses how each cuts its work.
+        arithmetic: what activations are rounded to where they are multiplied with each other: ``float32`` or
+            ``bfloat16``.
+    """
+
+    def __init__(self, scheduler: Scheduler, arithmetic: str = "float32") -> None:
+        self.scheduler, self.arithmetic = scheduler, arithmetic
+
+    def storing(self, storage: Storage) -> CUDAKernels:
+        """Only a model in float32 is computed in float32: with other weights, rows are rounded for products anyway."""
+        return CUDAKernels(self.scheduler, "float32" if storage.products == "float32" else "bfloat16")
 
     def custom(self, op: CustomOp, inputs: Sequence[TensorSpec], attributes: Attributes) -> Kernel:
         if op.name not in _FACTORIES:
@@ -67,6 +84,8 @@ class CUDAKernels:
         sizes = SIZES[op.name](named, attributes)
         if op.name == "MixtureOfExperts":
             sizes += (named["shared_gate_up"].dtype,)
+        if op.name in _BETWEEN_ACTIVATIONS:
+            sizes += (self.arithmetic,)
         return self.scheduler.scheduled(Kernel(_FACTORIES[op.name], sizes))
 
     def linear(self, sizes: tuple[int, ...], k: int, dtype: str, norm_eps: float | None) -> Kernel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 from ..schedule import Schedule, knob
 
@@ -10,6 +11,11 @@ from ..schedule import Schedule, knob
 @dataclass(frozen=True)
 class TemplateSchedule(Schedule):
     """A schedule whose numbers become template arguments: the device functions are made for the choices alone."""
+
+    @classmethod
+    def suited(cls, shared_bytes: int) -> Self:
+        """The default on chips on which a block may have so much shared memory."""
+        return cls()
 
     def problem(self) -> str | None:
         for name, choices in self.choices().items():
@@ -45,6 +51,10 @@ class ProductSchedule(TemplateSchedule):
         return found
 
 
+TILE_MEMORY = {32: 163 << 10, 64: 227 << 10}
+"""Bytes of shared memory that tiles of attention may take, by the most keys that they may have."""
+
+
 @dataclass(frozen=True)
 class AttentionSchedule(TemplateSchedule):
     """Attention.
@@ -52,12 +62,18 @@ class AttentionSchedule(TemplateSchedule):
     Attributes:
         split_tokens: up to so many tokens, the keys of each are split over blocks.
         splits: into so many.
-        warps: of a block, each of two heads, at most.
+        warps: of a block, each of two heads, at most (in float32).
+        tile_keys: keys of a prompt's tile on tensor cores, at most: `TILE_MEMORY` says what they need.
     """
 
     split_tokens: int = knob(16, 4, 8, 16, 32)
-    splits: int = knob(16, 4, 8, 16, 32, 64)
+    splits: int = knob(32, 4, 8, 16, 32, 64)
     warps: int = knob(8, 2, 4, 8)
+    tile_keys: int = knob(32, 32, 64)
+
+    @classmethod
+    def suited(cls, shared_bytes: int) -> Self:
+        return cls(tile_keys=max(keys for keys, needed in TILE_MEMORY.items() if needed <= shared_bytes))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from v4c.passes.relax.kernels import Kernel
 
 from ..scheduler import Scheduler, Tunable, key
 from ..tuning_database import TuningDatabase
+from .architectures import find
 from .kernels.attention import compressed_sparse_attention, heavily_compressed_attention, sliding_window_attention
 from .kernels.experts import grouped_experts, mixture_of_experts
 from .kernels.index import lightning_index
@@ -38,13 +39,23 @@ FAMILIES: dict[Callable[..., Any], type[TemplateSchedule]] = {
 }
 """Every factory whose last argument is a schedule, and of which kind."""
 
+_SEARCHED: dict[tuple[type[TemplateSchedule], str], tuple[str, ...]] = {
+    (AttentionSchedule, "float32"): ("split_tokens", "splits", "warps"),
+    (AttentionSchedule, "bfloat16"): ("split_tokens", "splits", "tile_keys"),
+}
+"""The numbers that make a difference, where not all of a schedule do: by the kernel's dtype."""
+
 BY_NAME = {factory.__name__: factory for factory in FAMILIES}
 
 
 def tunable(kernel: Kernel, architecture: str) -> Tunable | None:
     """`kernel` for an architecture; None if it has no schedule."""
     kind = FAMILIES.get(kernel.factory)
-    return None if kind is None else Tunable(key(kernel, architecture), kernel, kind())
+    if kind is None:
+        return None
+    found = key(kernel, architecture)
+    searched = _SEARCHED.get((kind, found.dtype))
+    return Tunable(found, kernel, kind.suited(find(architecture).shared_bytes), searched)
 
 
 def scheduler(architecture: str, tuning: TuningDatabase | None = None) -> Scheduler:

@@ -23,8 +23,8 @@ from .architectures import Architecture
 
 SOURCE = Path(__file__).parent / "kernels" / "source"
 HEADERS = (
-    "common.cuh", "weights.cuh", "gemv.cuh", "gemm.cuh", "experts.cuh", "attention.cuh", "index.cuh", "compress.cuh",
-    "mhc.cuh", "rows.cuh", "engram.cuh", "limits.cuh",
+    "common.cuh", "weights.cuh", "gemv.cuh", "gemm.cuh", "experts.cuh", "attention.cuh", "attention_tiles.cuh",
+    "index.cuh", "index_tiles.cuh", "compress.cuh", "mhc.cuh", "rows.cuh", "engram.cuh", "limits.cuh",
 )  # fmt: skip
 """The device functions, in the order in which they build on each other."""
 

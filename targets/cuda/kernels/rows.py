@@ -46,7 +46,7 @@ def trailing_rope(heads: int, width: int, rotary: int, sign: float) -> Any:
         "inv_freq": ((rotary // 2,), "float32"),
         "y": (("b", "s", heads, width), "float32"),
     }
-    call = device_call("rotate_heads", heads, width, rotary // 2)
+    call = device_call("rotate_heads", "float", heads, width, rotary // 2)
     launch = Launch(call, ("x", "positions", "inv_freq", "s", sign, "y"), ("b * s", ceil_div(heads, 4)), 128)
     return prim_func("trailing_rope", buffers, [launch])
 

@@ -40,12 +40,14 @@ using ushort = unsigned short;
 using std::max;
 using std::min;
 
+struct alignas(8) float2 { float x, y; };
 struct alignas(8) uint2 { unsigned x, y; };
-struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) longlong2 { long long x, y; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 inline float __uint_as_float(unsigned bits) { float f; std::memcpy(&f, &bits, 4); return f; }
@@ -113,6 +115,7 @@ inline unsigned __ballot_sync(unsigned, bool value) {
   V4C_DEVICE void commit_copies() { sim_commit(); }                                                  \
   template <int LEFT> V4C_DEVICE void wait_copies() { sim_wait(LEFT); }                              \
   V4C_DEVICE void load_matrices(unsigned (&f)[4], const void* row) { sim_load_matrices(f, row); }    \
+  V4C_DEVICE void load_turned(unsigned (&f)[4], const void* row) { sim_load_turned(f, row); }        \
   V4C_DEVICE void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {        \
     sim_multiply(d, a, b0, b1);                                                                      \
   }                                                                                                  \
@@ -124,6 +127,22 @@ inline void sim_load_matrices(unsigned (&f)[4], const void* row) {
   sim_exchange(row, [&](auto at) {
     for (int i = 0; i < 4; ++i)
       std::memcpy(&f[i], static_cast<const char*>(at(i * 8 + sim_lane_id() / 4)) + sim_lane_id() % 4 * 4, 4);
+    return 0;
+  });
+}
+
+// The same with .trans: lane l gets, of each matrix, the numbers at column l / 4 of rows 2 (l % 4) and the next.
+inline void sim_load_turned(unsigned (&f)[4], const void* row) {
+  if (reinterpret_cast<std::uintptr_t>(row) % 16) __builtin_trap();
+  sim_exchange(row, [&](auto at) {
+    for (int i = 0; i < 4; ++i) {
+      unsigned short pair[2];
+      for (int k = 0; k < 2; ++k) {
+        const char* from = static_cast<const char*>(at(i * 8 + sim_lane_id() % 4 * 2 + k));
+        std::memcpy(&pair[k], from + sim_lane_id() / 4 * 2, 2);
+      }
+      f[i] = pair[0] | static_cast<unsigned>(pair[1]) << 16;
+    }
     return 0;
   });
 }

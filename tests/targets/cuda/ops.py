@@ -10,29 +10,38 @@ import torch
 
 from tests.targets.cuda.harness import run
 from v4c.custom_ops import OPS, TensorSpec
+from v4c.passes.relax.layouts import Storage
 from v4c.targets.cuda.lowering import CUDAKernels
 from v4c.targets.cuda.scheduling import scheduler
 
 KERNELS = CUDAKernels(scheduler("sm_90a"))
+ROUNDED_STORAGE = Storage("bfloat16", "bfloat16")
+ROUNDED = KERNELS.storing(ROUNDED_STORAGE)
+"""Those of a bfloat16 model."""
 
 
 def results(
-    name: str, inputs: Mapping[str, Any], schedule: Any = None, on_host: Collection[str] = (),
+    name: str,
+    inputs: Mapping[str, Any],
+    schedule: Any = None,
+    kernels: CUDAKernels = KERNELS,
+    on_host: Collection[str] = (),
     **attributes: int | float,
-) -> tuple[dict[str, np.ndarray], dict[str, torch.Tensor]]:  # fmt: skip
+) -> tuple[dict[str, np.ndarray], dict[str, torch.Tensor]]:
     """Outputs by name, of the kernel and of the reference.
 
     Args:
         name: the op's ONNX name.
         inputs: arrays or tensors by the op's names of them; floats may be NaN where they must not be read.
         schedule: in place of the default one.
+        kernels: which to call.
         on_host: names of inputs that stay in host memory.
         attributes: of the op.
     """
     op = OPS[name]
     tensors = [torch.as_tensor(inputs[n]) for n in op.inputs]
     specs = [TensorSpec(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in tensors]
-    kernel = KERNELS.custom(op, specs, attributes)
+    kernel = kernels.custom(op, specs, attributes)
     arguments = kernel.arguments if schedule is None else (*kernel.arguments[:-1], schedule)
     shapes = list(zip(op.outputs, op.shape_rule(specs, attributes), strict=True))
     fresh = [(tuple(s.shape), s.dtype) for n, s in shapes if n not in op.writes]
@@ -54,11 +63,12 @@ def check(
     bound: float,
     schedule: Any = None,
     live: Any = None,
+    kernels: CUDAKernels = KERNELS,
     on_host: Collection[str] = (),
     **attributes: int | float,
 ) -> None:
     """Assert that both agree to `bound`, indices exactly; `live` is a mask of the tokens [B, S] that count."""
-    found, expected = results(name, inputs, schedule, on_host, **attributes)
+    found, expected = results(name, inputs, schedule, kernels, on_host, **attributes)
     op = OPS[name]
     for output, value in found.items():
         reference = expected[output].numpy()

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.custom_ops.harness import plans
-from tests.targets.cuda.ops import check, results
+from tests.targets.cuda.ops import KERNELS, ROUNDED, check, results
 from v4c.custom_ops import OPS
+from v4c.targets.cuda.lowering import CUDAKernels
 from v4c.targets.cuda.schedule import AttentionSchedule, IndexSchedule
 
 Plan = list[tuple[int, np.ndarray]]
@@ -120,12 +121,13 @@ def test_compressors(plan: Plan, wide: bool, seed: int, start: int) -> None:
 
 
 @settings(max_examples=8, deadline=None)
-@given(chunk=st.integers(1, 9), seed=SEEDS, rotary=st.booleans(), top_k=st.sampled_from([1, 6, 64]), far=st.booleans())
-def test_index(chunk: int, seed: int, rotary: bool, top_k: int, far: bool) -> None:
+@given(chunk=st.integers(1, 9), seed=SEEDS, rotary=st.booleans(), top_k=st.sampled_from([1, 6, 64]), far=st.booleans(),
+       rounded=st.booleans())  # fmt: skip
+def test_index(chunk: int, seed: int, rotary: bool, top_k: int, far: bool, rounded: bool) -> None:
     rng = torch.Generator().manual_seed(seed)
     positions = torch.tensor([600 if far else 0, 17])
     lengths = torch.tensor([chunk, max(chunk - 2, 0)])
-    # Small integers: sums are exact in any order, and many are equal.
+    # Small integers: sums are exact in any order, rounded or not, and many are equal.
     inputs = {
         "q": torch.randint(-2, 3, (2, chunk, 16, 32), generator=rng).float(),
         "weights": torch.randint(-1, 3, (2, chunk, 16), generator=rng).float(),
@@ -134,18 +136,20 @@ def test_index(chunk: int, seed: int, rotary: bool, top_k: int, far: bool) -> No
     }  # fmt: skip
     name = "RotaryLightningIndex" if rotary else "LightningIndex"
     mask = live(chunk, lengths.numpy())
-    check(name, inputs, 0, IndexSchedule(8), mask, ratio=4, top_k=top_k)
+    kernels = ROUNDED if rounded else KERNELS
+    check(name, inputs, 0, IndexSchedule(8), mask, kernels, ratio=4, top_k=top_k)
 
 
+@pytest.mark.parametrize("kernels", [KERNELS, ROUNDED], ids=["float32", "rounded"])
 @pytest.mark.parametrize(("rows", "top_k"), [(3000, 512), (3000, 1024), (700, 1024), (1024, 1024)])
-def test_index_of_many_rows(rows: int, top_k: int) -> None:
+def test_index_of_many_rows(rows: int, top_k: int, kernels: CUDAKernels) -> None:
     rng = torch.Generator().manual_seed(rows)
     inputs = {
         "q": torch.randint(-2, 3, (1, 1, 3, 32), generator=rng).float(),
         "weights": torch.ones(1, 1, 3), "index_rows": torch.randint(-2, 3, (1, rows, 32), generator=rng).float(),
         "positions": torch.tensor([4 * rows - 1]), "lengths": torch.tensor([1]),
     }  # fmt: skip
-    check("LightningIndex", inputs, 0, ratio=4, top_k=top_k)
+    check("LightningIndex", inputs, 0, kernels=kernels, ratio=4, top_k=top_k)
 
 
 @settings(max_examples=8, deadline=None)

@@ -16,9 +16,12 @@ from tests.v4c.cli_harness import assert_one_line, invoke
 from v4c.errors import UnsupportedError
 from v4c.frontend.config import ModelConfig
 from v4c.frontend.initialise import initialise
+from v4c.passes.relax.kernels import Kernel
 from v4c.runtime import cuda_library
 from v4c.targets.cuda import tune
+from v4c.targets.cuda.kernels.attention import compressed_sparse_attention
 from v4c.targets.cuda.schedule import MHCSchedule, ProductSchedule
+from v4c.targets.cuda.scheduling import tunable
 from v4c.tuning import read_database
 
 STUB = """
@@ -67,6 +70,20 @@ def test_without_a_gpu_there_is_one_line(checkpoint: Path, tmp_path: Path, monke
     result = invoke("tune", "-m", checkpoint, "--target", "cuda:sm_90a", "-o", tmp_path / "db.json")
     assert_one_line(result, "target cuda", "found none")
     assert not (tmp_path / "db.json").exists()
+
+
+@pytest.mark.parametrize(("architecture", "keys"), [("sm_80", 32), ("sm_90a", 64)])
+def test_attention_is_searched_for_what_makes_a_difference(architecture: str, keys: int) -> None:
+    sizes = (64, 512, 128, 512, 0.044, 64)
+    rounded, plain = (
+        tunable(Kernel(compressed_sparse_attention, (*sizes, dtype)), architecture) for dtype in ("bfloat16", "float32")
+    )
+    assert rounded is not None
+    assert plain is not None
+    assert rounded.default.parameters["tile_keys"] == keys
+    assert len(rounded.choices["tile_keys"]) > 1 == len(rounded.choices["warps"])
+    assert len(plain.choices["warps"]) > 1 == len(plain.choices["tile_keys"])
+    assert rounded.key != plain.key
 
 
 def test_the_child_measures_both_schedules() -> None:

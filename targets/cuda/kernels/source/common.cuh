@@ -123,8 +123,22 @@ template <int LEFT>
 V4C_DEVICE void wait_copies();
 // Four 8 x 8 matrices of 16-bit numbers out of shared memory, in the order of the fragments of `multiply`.
 V4C_DEVICE void load_matrices(unsigned (&fragments)[4], const void* row);
+// The same, each matrix turned: rows in memory are then what `multiply` sums over.
+V4C_DEVICE void load_turned(unsigned (&fragments)[4], const void* row);
 // d += a b, a [16, 16], b [16, 8] of bfloat16, d float32.
 V4C_DEVICE void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
+
+// Rows of C bfloat16 in shared memory, C a multiple of 16, of which eight lie at one chunk of 16 bytes in different banks:
+// chunks are permuted, or, where their number is no multiple of eight, there is one more, which makes it odd.
+template <int C>
+struct MatrixRows {
+  static constexpr bool PERMUTED = C % 64 == 0;
+  static constexpr int BYTES = (C / 8 + (PERMUTED ? 0 : 1)) * 16;
+
+  static V4C_DEVICE char* at(char* rows, int row, int chunk) {
+    return rows + row * BYTES + (PERMUTED ? chunk ^ row % 8 : chunk) * 16;
+  }
+};
 
 #ifdef __CUDACC__
 V4C_DEVICE unsigned shared_address(const void* pointer) {
@@ -145,6 +159,11 @@ V4C_DEVICE void wait_copies() {
 
 V4C_DEVICE void load_matrices(unsigned (&f)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(f[0]), "=r"(f[1]), "=r"(f[2]), "=r"(f[3]) : "r"(shared_address(row)) : "memory");
+}
+
+V4C_DEVICE void load_turned(unsigned (&f)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(f[0]), "=r"(f[1]), "=r"(f[2]), "=r"(f[3]) : "r"(shared_address(row)) : "memory");
 }
 

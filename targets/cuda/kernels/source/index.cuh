@@ -4,10 +4,11 @@ namespace v4c {
 
 constexpr int INDEX_ROWS = 64;  // compressed rows of one block
 
-// Rotated queries: out = trailing rope of x. Grid (tokens, ceil(HEADS / 4)), 128 threads, a warp per head.
-template <int HEADS, int C, int HALF>
+// Rotated queries, float32 or rounded to bfloat16: out = trailing rope of x. Grid (tokens, ceil(HEADS / 4)), 128 threads,
+// a warp per head.
+template <class T, int HEADS, int C, int HALF>
 V4C_DEVICE void rotate_heads(const float* x, const int64_t* positions, const float* inv_freq, int64_t s, float sign,
-                             float* out) {
+                             T* out) {
   using H = Dims<C>;
   const int head = blockIdx.y * 4 + warp();
   if (head >= HEADS) return;
