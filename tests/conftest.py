@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 
 os.environ.setdefault("TVM_NUM_THREADS", "2")  # read once, when TVM is first loaded
 
+from tests.made_once import made_once
 from v4c.frontend.config import ModelConfig
 from v4c.frontend.presets import preset
 
@@ -74,15 +74,10 @@ def tiny_checkpoint(tiny_config: ModelConfig, tmp_path_factory: pytest.TempPathF
 @pytest.fixture(scope="session")
 def tiny_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_checkpoint` compiled for this machine's CPU, by the command; tests that change it work on a copy."""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # all workers share one: compiling takes half a minute
-        shared = shared.parent
-    path = shared / "tiny.v4c"
-    with (shared / "tiny.v4c.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            subprocess.run([V4C, "compile", "-m", tiny_checkpoint, "-o", path], check=True)
-    return path
+    return made_once(
+        tmp_path_factory, "tiny.v4c",
+        lambda path: subprocess.run([V4C, "compile", "-m", tiny_checkpoint, "-o", path], check=True),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

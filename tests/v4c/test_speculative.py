@@ -5,9 +5,7 @@ The model is random, so its MTP layer guesses no better than chance; guesses tha
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks.speculative import compare
+from tests.made_once import made_once
 from tests.v4c.cli_harness import invoke
 from v4c.api import compile as compile_model
 from v4c.frontend.checkpoint import Checkpoint
@@ -46,15 +45,7 @@ def checkpoint(tiny_engram: ModelConfig, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`checkpoint`, compiled; workers of one run share it."""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    path = shared / "mtp.v4c"
-    with (shared / "mtp.v4c.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            compile_model(checkpoint, path)
-    return path
+    return made_once(tmp_path_factory, "mtp.v4c", lambda path: compile_model(checkpoint, path))
 
 
 @pytest.fixture(scope="module")

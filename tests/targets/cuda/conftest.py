@@ -3,13 +3,13 @@ Engram and an MTP layer for the simulated one."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.made_once import made_once
 from tests.targets.cuda.simulated import verified
 from v4c.frontend.config import ModelConfig
 from v4c.frontend.initialise import initialise
@@ -38,12 +38,4 @@ def engram_checkpoint(tiny_config: ModelConfig, tmp_path_factory: pytest.TempPat
 @pytest.fixture(scope="session")
 def engram_artifact(engram_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`engram_checkpoint` in float32 for the simulated GPU, by its command; workers of one run share it."""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    path = shared / "engram.v4c"
-    with (shared / "engram.v4c.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            verified(engram_checkpoint, path)
-    return path
+    return made_once(tmp_path_factory, "engram.v4c", lambda path: verified(engram_checkpoint, path))
