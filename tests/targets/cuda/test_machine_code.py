@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.targets.cuda.harness import real
 from v4c.targets.cuda import architectures, toolchain
 from v4c.targets.cuda.device_module import machine_code
 from v4c.targets.cuda.kernels import attention, compress, engram, experts, index, mhc, products, routing, rows
@@ -19,6 +20,7 @@ from v4c.targets.cuda.schedule import (
     MHCSchedule,
     ProductSchedule,
 )
+from v4c.targets.cuda.simulator.build import load_driver
 from v4c.targets.cuda.target import CUDATarget
 
 pytestmark = pytest.mark.skipif(
@@ -87,6 +89,8 @@ def source(*names: str) -> str:
         written.append(text)
         return toolchain.Binary(b"", "cubin", {}, "none")
 
+    if not real():
+        load_driver()  # before stand-ins take its place for the rest of the process, where kernels are run after this
     with machine_code(keep):
         tvm.compile(tvm.IRModule(functions), target=CUDATarget(architectures.find("sm_90a")).tvm_target())
     (text,) = written
