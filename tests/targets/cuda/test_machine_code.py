@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.targets.cuda.harness import real
 from v4c.errors import Error
 from v4c.targets.cuda import architectures, nvrtc, toolchain
 from v4c.targets.cuda.device_module import machine_code
@@ -29,6 +30,7 @@ from v4c.targets.cuda.schedule import (
     MHCSchedule,
     ProductSchedule,
 )
+from v4c.targets.cuda.simulator.build import load_driver
 from v4c.targets.cuda.target import CUDATarget
 
 pytestmark = pytest.mark.skipif(
@@ -105,6 +107,8 @@ def source(*names: str) -> str:
         written.append(text)
         return toolchain.Binary(b"", "cubin", {}, "none")
 
+    if not real():
+        load_driver()  # before stand-ins take its place for the rest of the process, where kernels are run after this
     with machine_code(keep):
         tvm.compile(tvm.IRModule(functions), target=CUDATarget(architectures.find("sm_90a")).tvm_target())
     (text,) = written
