@@ -192,6 +192,7 @@ def test_every_factory_is_compiled_here() -> None:
 
 WITHOUT_NVCC = """
 import dataclasses, json, sys
+from v4c.errors import Error
 from v4c.targets.cuda import architectures, toolchain
 toolchain.nvcc = lambda: None
 architecture = architectures.find("sm_90a")
