@@ -3,16 +3,13 @@ none takes more of a processor than is stated here."""
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
-import sys
 from functools import cache
 from typing import Any
 
 import pytest
 
 from tests.targets.cuda.harness import real
+from v4c.errors import Error
 from v4c.targets.cuda import architectures, nvrtc, toolchain
 from v4c.targets.cuda.device_module import machine_code
 from v4c.targets.cuda.kernels import attention, compress, engram, experts, index, mhc, products, routing, rows
@@ -190,34 +187,13 @@ def test_every_factory_is_compiled_here() -> None:
     assert {factory for factory, _ in (*MATRIX.values(), *OTHERS.values())} == {f for f in factories if callable(f)}
 
 
-WITHOUT_NVCC = """
-import dataclasses, json, sys
-from v4c.errors import Error
-from v4c.targets.cuda import architectures, toolchain
-toolchain.nvcc = lambda: None
-architecture = architectures.find("sm_90a")
-made = toolchain.compile_source(sys.stdin.read(), architecture)
-found = {"kind": made.kind, "begins": made.data[:4].hex(), "compiler": made.compiler}
-found["resources"] = {name: dataclasses.asdict(r) for name, r in made.resources.items()}
-try:
-    toolchain.compile_source('extern "C" __global__ void broken() { nothing }', architecture)
-except Error as error:
-    found["refused"] = str(error)
-print(json.dumps(found))
-"""
-
-
 @pytest.mark.skipif(not nvrtc.available(), reason="no NVRTC: extra cuda is not installed")
-def test_without_nvcc() -> None:
-    # In a process of its own: in this one NVIDIA's libraries may be those of the simulated GPU.
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_NVCC], input=source("linear_fp8", "rms_norm"), capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    made = json.loads(done.stdout)
-    assert (made["kind"], made["begins"]) == ("fatbin", "50ed55ba")
-    assert made["compiler"].startswith("nvrtc 13.")
-    assert {name.partition("_kernel")[0] for name in made["resources"]} == {"linear_fp8", "rms_norm"}
-    check_resources({name: toolchain.Resources(**r) for name, r in made["resources"].items()})
-    assert re.match(r"NVRTC: expected sm_90a code, found: .*error", made["refused"])
+def test_without_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "nvcc", lambda: None)
+    made = toolchain.compile_source(source("linear_fp8", "rms_norm"), architectures.find("sm_90a"))
+    assert (made.kind, made.data[:4]) == ("fatbin", b"\x50\xed\x55\xba")
+    assert made.compiler.startswith("nvrtc 13.")
+    assert {k.partition("_kernel")[0] for k in made.resources} == {"linear_fp8", "rms_norm"}
+    check_resources(made.resources)
+    with pytest.raises(Error, match=r"NVRTC: expected sm_90a code, found: .*error"):
+        toolchain.compile_source('extern "C" __global__ void broken() { nothing }', architectures.find("sm_90a"))
