@@ -157,9 +157,7 @@ def test_every_kernel_compiles(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", list(architectures.ARCHITECTURES))
 def test_a_lookup_has_all_its_rows_on_their_way_at_once(architecture: str) -> None:
-    compiler = toolchain.nvcc()
-    assert compiler is not None
-    cubin, _ = compile_cubin(compiler, source("engram_lookup"), architectures.find(architecture))
+    cubin, _ = compile_cubin(toolchain.nvcc(), source("engram_lookup"), architectures.find(architecture))
     (order,) = instructions(cubin).values()
     loads = [i for i, opcode in enumerate(order) if opcode == GLOBAL_LOAD]
     stores = [i for i, opcode in enumerate(order) if opcode == GLOBAL_STORE]
